@@ -1,0 +1,1 @@
+"""What is done to a layer, or to the input, while a network trains."""

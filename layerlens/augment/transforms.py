@@ -1,0 +1,73 @@
+"""Transforms of one layer's activations, shape (n, …); row i is sample i."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from layerlens.errors import ConfigError, ShapeError
+
+
+def dropout(h: Tensor, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Inverted dropout: each number is zeroed with probability `rate`, the rest scaled by 1 / (1 - rate).
+
+    Args:
+        h: Activations, any shape.
+        rate: Probability in [0, 1].
+        generator: Where the draw comes from; the global generator by default.
+
+    >>> dropout(torch.ones(2, 2), rate=0.0).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    if generator is None:
+        return torch.nn.functional.dropout(h, rate, training=True)
+    keep = torch.rand(h.shape, generator=generator, device=h.device) >= rate
+    return h * keep / (1 - rate) if rate < 1 else torch.zeros_like(h)
+
+
+def remove_principal_components(h: Tensor, components: int = 1, *, kept: int = 6, per_token: bool = False) -> Tensor:
+    """PCA anti-projection: mu + (I - C Cᵀ)(h - mu), with C from the principal directions of the whole batch.
+
+    Args:
+        h: Activations, shape (n, …), flattened to (n, d); with `per_token`, (n, t, d) as (n·t, d).
+        components: K >= 1 removes the first K directions; K <= -1 the last |K| of the `kept` ones.
+        kept: How many directions count; the batch's rank limits it.
+        per_token: Treat each position of (n, t, d) as a sample.
+
+    Returns:
+        The shape of `h`. The basis is a constant: no gradient flows through the decomposition.
+
+    Raises:
+        ConfigError: K = 0, or |K| above `kept`.
+        ShapeError: `per_token` on activations that are not (n, t, d).
+
+    Source:
+        Deep Augmentation, arXiv:2303.14537, and the authors' code (6 kept, K = 1 or -1).
+    """
+    if not 1 <= abs(components) <= kept:
+        raise ConfigError(f"components={components}; allowed: 1 to {kept} (first ones) or -{kept} to -1 (last ones)")
+    if per_token and h.ndim != 3:
+        raise ShapeError(f"per-token PCA needs activations (n, tokens, d); got {tuple(h.shape)}")
+    rows = h.reshape(-1, h.shape[-1]) if per_token else h.reshape(h.shape[0], prod(h.shape[1:]))
+    with torch.no_grad():
+        basis = _principal_directions(rows, kept)
+        basis = basis[:, :components] if components > 0 else basis[:, components:]
+        mean = rows.mean(0)
+    centred = rows - mean
+    return (mean + centred - (centred @ basis) @ basis.T).reshape(h.shape)
+
+
+def _principal_directions(rows: Tensor, kept: int) -> Tensor:
+    """The top right singular vectors of the centred rows, shape (d, k), by the smaller of the two Gram matrices."""
+    centred = (rows - rows.mean(0)).float()
+    n, d = centred.shape
+    if d <= n:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        return vectors.flip(1)[:, :kept].to(rows.dtype)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    alive = values > values[0].clamp_min(1e-30) * 1e-6
+    scale = torch.where(alive, values.clamp_min(1e-30).rsqrt(), 0.0)
+    return (centred.T @ (vectors * scale)).to(rows.dtype)

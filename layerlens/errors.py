@@ -1,0 +1,68 @@
+"""Every error that layerlens raises on purpose; catch `LayerlensError` to catch them all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerlensError(Exception):
+    """Root of the family. The message says what came, what is allowed and what to do."""
+
+
+class UnknownNameError(LayerlensError, KeyError):
+    """A model, data set, objective, transform or measure that does not exist."""
+
+    def __str__(self) -> str:  # KeyError would print the message in quotes
+        return str(self.args[0])
+
+
+class UnknownLayerError(UnknownNameError):
+    """A layer name or pattern that matches nothing which runs in the forward pass."""
+
+
+class ShapeError(LayerlensError, ValueError):
+    """Row counts, dimensions or batch sizes that do not fit."""
+
+
+class BatchTooSmallError(ShapeError):
+    """Fewer samples in a batch than the estimator needs."""
+
+
+class DegenerateError(LayerlensError, ValueError):
+    """A representation without variation, for which the ratio asked for is 0/0."""
+
+
+class NonFiniteError(LayerlensError, ValueError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class DataError(LayerlensError, ValueError):
+    """A data set that is missing, unreadable or of the wrong shape or range."""
+
+
+class CheckpointError(LayerlensError, ValueError):
+    """A checkpoint that is missing, damaged, unsafe or of another architecture."""
+
+
+class ConfigError(LayerlensError, ValueError):
+    """A setting that is unknown, of the wrong type or outside its range."""
+
+
+class RunFolderError(LayerlensError, ValueError):
+    """An output folder that can't be written, or that holds another run."""
+
+
+class DownloadError(LayerlensError, ValueError):
+    """Weights or data that could not be fetched."""
+
+
+def closest(name: str, allowed: Iterable[str], count: int = 3) -> str:
+    """The allowed names nearest to `name`, as the tail of an error message.
+
+    >>> closest("simclar", ["simclr", "supervised"], count=1)
+    'closest: simclr'
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
+    return f"closest: {', '.join(near)}" if near else f"allowed: {', '.join(names[:20])}"

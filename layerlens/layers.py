@@ -1,0 +1,270 @@
+"""Which layers a network has: discovery in execution order, the block level, selection by name or pattern.
+
+A layer is a module's dotted name. A module that runs several times in one pass has one layer per call, `relu#1`,
+`relu#2`. `input` is what the model is fed, index -1.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerlens.errors import ShapeError, UnknownLayerError, closest
+from layerlens.untouched import untouched
+
+INPUT = "input"
+Batch = Any
+Forward = Callable[[nn.Module, Batch], Any]
+_PASSIVE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of a network, as a forward pass runs it.
+
+    Attributes:
+        name: Dotted module name; `input` for what comes in; `name#k` for the k-th call of a module that runs often.
+        kind: Class name of the module.
+        shape: Shape of one sample's output, without the batch dimension.
+        index: Place among the default layers, -1 = input; None for a layer outside them.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    index: int | None = None
+
+    @property
+    def neurons(self) -> int:
+        """Numbers in one sample's output."""
+        return prod(self.shape)
+
+
+def discover(model: nn.Module, batch: Batch, *, forward: Forward | None = None) -> list[Layer]:
+    """Every layer that runs, in execution order, beginning with `input`; the default ones carry an index.
+
+    Args:
+        model: Any module; it is left as it was.
+        batch: One batch that the model can run.
+        forward: How to run it; `run_batch` by default.
+
+    Raises:
+        ShapeError: The batch holds no tensor.
+    """
+    calls = _trace(model, batch, forward or run_batch)
+    indices = {name: i for i, name in enumerate(default_names(model, calls))}
+    source = main_tensor(batch)
+    if source is None:
+        raise ShapeError(f"a batch must hold a tensor; got {type(batch).__name__}")
+    first = Layer(name=INPUT, kind="Input", shape=tuple(source.shape[1:]), index=-1)
+    return [first, *(replace(call, index=indices.get(call.name)) for call in calls)]
+
+
+def select(model: nn.Module, found: Sequence[Layer], layers: str | Sequence[str] = "auto") -> list[Layer]:
+    """The layers that a selection means, in execution order.
+
+    Args:
+        model: The network that `found` was discovered on.
+        found: All its layers.
+        layers: `auto` (stem, stages, pool, head), `blocks` (every repeated block), `all`, or names and globs, as
+            a sequence or comma-separated.
+
+    Raises:
+        UnknownLayerError: A name that matches nothing; it lists the closest ones.
+    """
+    by_name = {layer.name: layer for layer in found}
+    if layers == "auto":
+        return [layer for layer in found if layer.index is not None and layer.index >= 0]
+    if layers == "blocks":
+        return [by_name[name] for name in default_names(model, found[1:], whole_stages=False)]
+    if layers == "all":
+        return list(found[1:])
+    patterns = [p.strip() for p in layers.split(",")] if isinstance(layers, str) else list(layers)
+    wanted: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(by_name, pattern)
+        if not matches:
+            raise UnknownLayerError(_unknown(model, pattern, list(by_name)))
+        wanted.update(matches)
+    return [layer for layer in found if layer.name in wanted]
+
+
+def default_names(model: nn.Module, calls: Sequence[Layer], *, whole_stages: bool = True) -> list[str]:
+    """Names at the block level: the stem's last output, the stages (or blocks), then pool, norm and head.
+
+    The blocks are the container class with two or more instances that holds the most parameters. Blocks that sit
+    in several containers form stages (ResNet); blocks in one container stand for themselves (transformers). A
+    network without repeated containers is cut behind each weighted layer and what follows it.
+    """
+    names = [call.name for call in calls]
+    units = _blocks(model, names)
+    if whole_stages:
+        parents = list(dict.fromkeys(unit.rpartition(".")[0] for unit in units))
+        if len(parents) >= 2 and all(parent in names for parent in parents):
+            units = parents
+    if not units:
+        return _weighted_groups(model, names)
+    around = _maximal([n for n in names if not any(_related(n, unit) for unit in units)], units)
+    first = min(names.index(unit) for unit in units)
+    first_inner = min((i for i, n in enumerate(names) if any(_inside(n, u) for u in units)), default=first)
+    stem = [n for n in around if names.index(n) < first_inner and not _passive(model, n)][-1:]
+    rest = [n for n in around if names.index(n) > first_inner and _notable(model, n)]
+    return sorted({*stem, *units, *rest}, key=names.index)
+
+
+def run_batch(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on what loaders yield: a tensor, a tuple whose first entry is the input, or a mapping of arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(batch[0])
+    return model(batch)
+
+
+def main_tensor(output: Any) -> Tensor | None:
+    """The tensor that stands for an output: itself, or the first tensor of a tuple, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    return next((found for part in _parts(output) if (found := main_tensor(part)) is not None), None)
+
+
+def replace_main_tensor(output: Any, new: Tensor) -> Any:
+    """The same structure with its main tensor replaced; the original is left as it was."""
+    if isinstance(output, Tensor):
+        return new
+    for position, part in enumerate(_parts(output)):
+        if main_tensor(part) is not None:
+            return _with_part(output, position, replace_main_tensor(part, new))
+    raise ShapeError(f"a {type(output).__name__} without a tensor can't be augmented")
+
+
+def call_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each distinct submodule with its dotted name, without the model itself."""
+    return ((name, module) for name, module in model.named_modules() if name)
+
+
+def module_of(model: nn.Module, layer: str) -> nn.Module:
+    """The module behind a layer name."""
+    return model.get_submodule(layer.partition("#")[0])
+
+
+def _trace(model: nn.Module, batch: Batch, forward: Forward) -> list[Layer]:
+    seen: list[Layer] = []
+
+    def note(name: str, module: nn.Module, output: Any) -> None:
+        out = main_tensor(output)
+        if out is not None and out.ndim:
+            seen.append(Layer(name=name, kind=type(module).__name__, shape=tuple(out.shape[1:])))
+
+    with untouched(model), torch.no_grad():
+        model.eval()
+        handles = [
+            module.register_forward_hook(lambda m, _i, out, name=name: note(name, m, out))
+            for name, module in call_names(model)
+        ]
+        try:
+            forward(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    total, count = Counter(call.name for call in seen), Counter[str]()
+    calls = []
+    for call in seen:
+        count[call.name] += 1
+        name = call.name if total[call.name] == 1 else f"{call.name}#{count[call.name]}"
+        calls.append(replace(call, name=name))
+    return calls
+
+
+def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
+    groups: defaultdict[type, list[str]] = defaultdict(list)
+    for name in names:
+        module = module_of(model, name)
+        if any(True for _ in module.children()) and type(module) is not nn.Sequential:
+            groups[type(module)].append(name)
+    for kind, members in list(groups.items()):
+        groups[kind] = [n for n in members if not any(_inside(n, other) for other in members)]
+    repeated = [members for members in groups.values() if len(members) >= 2]
+    if not repeated:
+        repeated = [n for n in [_sequential_blocks(model, names)] if len(n) >= 2]
+    return max(repeated, key=lambda members: (_parameters(model, members), len(members)), default=[])
+
+
+def _sequential_blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
+    leaves = [n for n in names if type(module_of(model, n)) is nn.Sequential]
+    return [n for n in leaves if not any(_inside(other, n) for other in leaves) and "." in n]
+
+
+def _weighted_groups(model: nn.Module, names: Sequence[str]) -> list[str]:
+    leaves = [n for n in names if not any(_inside(other, n) for other in names)]
+    groups: list[str] = []
+    for name in leaves:
+        weighted = any(p.ndim >= 2 for p in module_of(model, name).parameters())
+        if weighted or not groups:
+            groups.append(name)
+        elif not _passive(model, name):
+            groups[-1] = name
+    return groups
+
+
+def _maximal(names: Sequence[str], units: Sequence[str]) -> list[str]:
+    outside = [n for n in names if not any(_inside(unit, n) for unit in units)]
+    return [n for n in outside if not any(_inside(n, other) for other in outside)]
+
+
+def _notable(model: nn.Module, name: str) -> bool:
+    module = module_of(model, name)
+    return any(True for _ in module.parameters()) or "Pool" in type(module).__name__
+
+
+def _passive(model: nn.Module, name: str) -> bool:
+    return isinstance(module_of(model, name), _PASSIVE)
+
+
+def _parameters(model: nn.Module, names: Sequence[str]) -> int:
+    return sum(p.numel() for name in names for p in module_of(model, name).parameters())
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name.startswith(outer.partition("#")[0] + ".")
+
+
+def _related(name: str, unit: str) -> bool:
+    return name == unit or _inside(name, unit) or _inside(unit, name)
+
+
+def _unknown(model: nn.Module, pattern: str, names: list[str]) -> str:
+    repeated = [n for n in names if n.partition("#")[0] == pattern]
+    if repeated:
+        return f"{pattern!r} runs {len(repeated)} times in a pass; name one call: {', '.join(repeated)}"
+    if pattern in dict(call_names(model)):
+        return f"{pattern!r} never runs in the forward pass; {closest(pattern, names)}"
+    return f"no layer {pattern!r} in {type(model).__name__}; {closest(pattern, names)}. `layerlens layers MODEL` lists all"
+
+
+def _parts(output: Any) -> Sequence[Any]:
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if isinstance(output, tuple | list):
+        return output
+    if is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name) for field in fields(output)]
+    return []
+
+
+def _with_part(output: Any, position: int, part: Any) -> Any:
+    if isinstance(output, Mapping):
+        key = list(output)[position]
+        changed = {**output, key: part}
+        return type(output)(**changed) if is_dataclass(output) else type(output)(changed)  # type: ignore[call-arg]
+    if isinstance(output, tuple | list):
+        items = [*output[:position], part, *output[position + 1 :]]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return replace(output, **{fields(output)[position].name: part})

@@ -1,0 +1,312 @@
+"""Models by name: CIFAR ResNets, an MLP, torchvision's models, or anybody's factory; heads are part of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerlens.errors import ConfigError, DownloadError, ShapeError, UnknownNameError, closest
+from layerlens.specs import Spec, import_factory, is_factory, parse_spec
+from layerlens.untouched import untouched
+
+Shape = tuple[int, ...]
+
+
+class ProjectionHead(nn.Sequential):
+    """The two-layer perceptron in front of a contrastive loss: Linear, ReLU, Linear.
+
+    Args:
+        width: Features that come in, and hidden units.
+        out: Features that go out.
+
+    Shape:
+        (n, width) -> (n, out)
+
+    Source:
+        Chen et al. 2020, arXiv:2002.05709
+    """
+
+    def __init__(self, width: int, out: int = 128) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+class CifarBlock(nn.Module):
+    """Two 3×3 convolutions with a parameter-free shortcut (option A: subsample, pad channels with zeros).
+
+    Source:
+        He et al. 2015, arXiv:1512.03385, section 4.2
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.stride, self.padding = stride, (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, width_in, h, w) -> (n, width, h / stride, w / stride)."""
+        h = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.padding:
+            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return self.relu2(h + x)  # type: ignore[no-any-return]
+
+
+class CifarResNet(nn.Module):
+    """The ResNet family that He et al. made for CIFAR: 6·blocks + 2 weighted layers, 16-32-64 channels.
+
+    Args:
+        blocks: Blocks per stage; 3, 5, 7, 9 for ResNet-20, 32, 44, 56.
+        classes: Outputs of the last linear layer.
+        channels: Channels of the images.
+
+    Source:
+        He et al. 2015, arXiv:1512.03385; parameter names as in akamaster/pytorch_resnet_cifar10.
+    """
+
+    def __init__(self, blocks: int, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(16, 16, blocks, 1)
+        self.layer2 = self._stage(16, 32, blocks, 2)
+        self.layer3 = self._stage(32, 64, blocks, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(64, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of every convolution and of the classifier as He et al. do."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+        first = CifarBlock(width_in, width, stride)
+        return nn.Sequential(first, *(CifarBlock(width, width, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> (n, classes)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Linear-ReLU blocks on flattened images, and a linear output.
+
+    Args:
+        inputs: Numbers per image.
+        width: Units of each hidden block.
+        depth: Hidden blocks.
+        classes: Outputs.
+    """
+
+    def __init__(self, inputs: int, width: int = 256, depth: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        widths = [inputs] + [width] * depth
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairs))
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, …) -> (n, classes)."""
+        return self.fc(self.blocks(x.flatten(1)))  # type: ignore[no-any-return]
+
+
+def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | None = None) -> nn.Module:
+    """Build a model with fresh weights from its specification.
+
+    Args:
+        spec: `resnet18-cifar`, `resnet20-cifar` (32, 44, 56), `mlp`, `torchvision:NAME` or
+            `pkg.module:factory`, with options behind: `resnet18-cifar,width=16`.
+        input_shape: (channels, height, width) of the images; (3, 32, 32) where the model may choose.
+        classes: Outputs of the classifier, unless the specification says.
+
+    Raises:
+        UnknownNameError: No such model; the message lists the closest names.
+        ConfigError: An option that the model does not take.
+        DownloadError: `weights=…` could not be fetched.
+    """
+    parsed = parse_spec(spec)
+    options = dict(parsed.options)
+    if parsed.kind in FAMILIES:
+        build, allowed = FAMILIES[parsed.kind]
+        parsed.check_options(allowed)
+        if classes is not None:
+            options.setdefault("classes", classes)
+        return build(input_shape or (3, 32, 32), options)
+    if parsed.kind == "torchvision":
+        return _torchvision(parsed, options, classes)
+    if is_factory(parsed):
+        made = import_factory(parsed)(**options)
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"{spec!r} must return a torch.nn.Module; it returned {type(made).__name__}")
+        return made
+    raise UnknownNameError(
+        f"unknown model {spec!r}; {closest(parsed.kind, [*FAMILIES, 'torchvision:NAME'])}, or pkg.module:factory"
+    )
+
+
+def default_input_shape(spec: str) -> Shape | None:
+    """The image shape that a model is usually fed, or None if only its author knows."""
+    kind = parse_spec(spec).kind
+    return (3, 32, 32) if kind in FAMILIES else (3, 224, 224) if kind == "torchvision" else None
+
+
+def runs_only_layerlens_code(spec: str) -> bool:
+    """Whether building the specification imports nothing but layerlens and torchvision (so a file may name it)."""
+    kind = parse_spec(spec).kind
+    return kind in FAMILIES or kind == "torchvision"
+
+
+def replace_head(model: nn.Module, example: Tensor, head: Callable[[int], nn.Module]) -> tuple[nn.Module, str]:
+    """Put a head in the place of the last linear layer, or behind a model that ends in an embedding.
+
+    Args:
+        model: Any module that maps a batch to one tensor.
+        example: A small batch, shape (n, …), to find out how the model ends.
+        head: From the number of features that come in to the new module.
+
+    Returns:
+        The model with its head (the same object, unless it had to be wrapped), and the head's layer name.
+
+    Raises:
+        ShapeError: The model ends in something that is neither.
+    """
+    name, width = _ending(model, example)
+    if name:
+        model.set_submodule(name, head(width))
+        return model, name
+    wrapped = nn.Sequential()
+    wrapped.add_module("backbone", model)
+    wrapped.add_module("head", head(width))
+    return wrapped, "head"
+
+
+def head_name(model: nn.Module, example: Tensor) -> str:
+    """The layer whose output the model returns: its projection head or classifier; "" if it ends in an embedding."""
+    ends = [name for name, out, final in _endings(model, example) if out is final]
+    return min(ends, key=len, default="")
+
+
+def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """A copy of the model with fresh weights: the twin that shows what the architecture alone does.
+
+    Every module with a `reset_parameters` is drawn anew by it, children before parents; the draw is seeded and
+    leaves the global generators as they were.
+
+    Raises:
+        ConfigError: A module holds parameters of its own but has no `reset_parameters`. Build the twin by
+            calling your own constructor instead.
+    """
+    twin = copy.deepcopy(model)
+    with untouched(twin, keep_buffers=False):
+        torch.manual_seed(seed)
+        for name, module in reversed(list(twin.named_modules())):
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise ConfigError(
+                    f"{name or 'the model'} ({type(module).__name__}) has parameters but no reset_parameters(); "
+                    "build the untrained twin with your own constructor"
+                )
+    return twin
+
+
+def _ending(model: nn.Module, example: Tensor) -> tuple[str, int]:
+    for name, out, final in _endings(model, example):
+        module = model.get_submodule(name)
+        if out is final and isinstance(module, nn.Linear):
+            return name, module.in_features
+        if out is final and isinstance(module, ProjectionHead):
+            return name, module[0].in_features  # type: ignore[return-value]
+    if final.ndim != 2:
+        raise ShapeError(f"the model returns shape {tuple(final.shape)}; a head needs an embedding of shape (n, d)")
+    return "", final.shape[1]
+
+
+def _endings(model: nn.Module, example: Tensor) -> list[tuple[str, Any, Tensor]]:
+    seen: list[tuple[str, Any]] = []
+    with untouched(model), torch.no_grad():
+        model.eval()
+        handles = [
+            module.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, out)))
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            final = model(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not isinstance(final, Tensor):
+        raise ShapeError(f"the model returns a {type(final).__name__}; training needs one tensor of shape (n, d)")
+    return [(name, out, final) for name, out in seen] or [("", final, final)]
+
+
+def _resnet18(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    width, classes = int(options.get("width", 64)), int(options.get("classes", 10))
+    if width < 1:
+        raise ConfigError(f"width={width}; allowed: 1 or more")
+    model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+    model.inplanes = width
+    model.conv1 = nn.Conv2d(int(options.get("channels", shape[0])), width, 3, 1, 1, bias=False)
+    model.bn1 = nn.BatchNorm2d(width)
+    model.maxpool = nn.Identity()
+    for stage in range(4):
+        made = model._make_layer(BasicBlock, width * 2**stage, 2, stride=1 if stage == 0 else 2)
+        setattr(model, f"layer{stage + 1}", made)
+    model.fc = nn.Linear(8 * width, classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _cifar_resnet(blocks: int) -> Callable[[Shape, dict[str, Any]], nn.Module]:
+    return lambda shape, options: CifarResNet(
+        blocks, int(options.get("classes", 10)), int(options.get("channels", shape[0]))
+    )
+
+
+def _mlp(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    inputs = int(torch.Size(shape).numel())
+    return MLP(inputs, **{key: int(value) for key, value in options.items()})
+
+
+def _torchvision(spec: Spec, options: dict[str, Any], classes: int | None) -> nn.Module:
+    from torchvision import models
+
+    if spec.argument not in models.list_models():
+        raise UnknownNameError(f"torchvision has no model {spec.argument!r}; {closest(spec.argument, models.list_models())}")
+    if classes is not None and "weights" not in options:
+        options.setdefault("num_classes", classes)
+    try:
+        return models.get_model(spec.argument, **options)  # type: ignore[no-any-return]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{spec.text!r}: {error}") from error
+    except OSError as error:
+        raise DownloadError(
+            f"could not fetch the weights of {spec.text!r}: {error}; download them where there is a network, "
+            "then give the file with --checkpoint"
+        ) from error
+
+
+FAMILIES: dict[str, tuple[Callable[[Shape, dict[str, Any]], nn.Module], tuple[str, ...]]] = {
+    "resnet18-cifar": (_resnet18, ("width", "classes", "channels")),
+    **{f"resnet{6 * n + 2}-cifar": (_cifar_resnet(n), ("classes", "channels")) for n in (3, 5, 7, 9)},
+    "mlp": (_mlp, ("width", "depth", "classes")),
+}

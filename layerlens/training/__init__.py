@@ -1,0 +1,1 @@
+"""What makes checkpoints: run configurations, objectives, the training loop."""
