@@ -102,14 +102,16 @@ def sweep(
     """
     run = forward or run_batch
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    consumer, chosen = None, list[Layer]()
+    consumer, chosen, arrange = None, list[Layer](), _as_it_is
     with untouched(model), torch.no_grad():
         model.eval()
         for number, raw in enumerate(loader):
             batch = to_device(raw, device)
             if consumer is None:
-                chosen = select(model, discover(model, _first_two(batch), forward=forward), layers)
+                found, arrange = _first_look(model, batch, forward)
+                chosen = select(model, found, layers)
                 consumer = begin(chosen)
+            batch = arrange(batch)
             hand = _Hand(consumer, chosen, batch, number)
             with capture(model, [layer.name for layer in chosen], hand):
                 run(model, batch)
@@ -173,6 +175,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         return tuple(to_device(value, device) for value in batch)
+    return batch
+
+
+def _first_look(
+    model: nn.Module, batch: Batch, forward: Forward | None
+) -> tuple[list[Layer], Callable[[Batch], Batch]]:
+    """The layers, and how to lay images out in memory: channels last where the model takes it, which a CPU likes."""
+    few = _first_two(batch)
+    if _channels_last(few) is not few:
+        try:
+            return discover(model, _channels_last(few), forward=forward), _channels_last
+        except RuntimeError:  # a `view` that needs contiguous maps; an error of another kind comes again below
+            pass
+    return discover(model, few, forward=forward), _as_it_is
+
+
+def _channels_last(batch: Batch) -> Batch:
+    if isinstance(batch, Tensor):
+        images = batch.ndim == 4 and batch.device.type == "cpu" and batch.is_floating_point()
+        return batch.contiguous(memory_format=torch.channels_last) if images else batch
+    if isinstance(batch, tuple):
+        parts = tuple(map(_channels_last, batch))
+        return parts if any(a is not b for a, b in zip(parts, batch, strict=True)) else batch
+    return batch
+
+
+def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 

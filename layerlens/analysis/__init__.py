@@ -1,0 +1,1 @@
+"""What a trained network looks like: similarity between layers, geometry of embeddings, regions."""
