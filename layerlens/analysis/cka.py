@@ -18,7 +18,7 @@ ESTIMATORS = ("minibatch", "debiased", "biased")
 KERNELS = ("linear", "rbf")
 _GROUPS = 64
 _CHUNK = 4096  # columns whose centred copy stays in a CPU's cache
-_CONSTANT = 32 * torch.finfo(torch.float32).eps
+CONSTANT = 32 * torch.finfo(torch.float32).eps  # variation below this share of the size is rounding
 
 
 def cka_matrix(
@@ -176,7 +176,7 @@ class StreamingCKA:
         blocks = torch.stack([b.cpu() for b in self._blocks]).numpy()
         spectra = torch.stack([s.cpu() for s in self._spectra]).numpy()
         spread, square, scale = np.moveaxis(spectra, -1, 0)
-        dead = spread.sum(0) <= _CONSTANT**2 * scale.sum(0)
+        dead = spread.sum(0) <= CONSTANT**2 * scale.sum(0)
         blocks[:, dead, :] = 0.0
         blocks[:, :, dead] = 0.0
         ratio = np.divide(spread**2, square, out=np.full(spread.shape, np.nan), where=(square > 0) & ~dead)

@@ -43,6 +43,7 @@ def load_network(
     *,
     model: str | None = None,
     dataset: Dataset | None = None,
+    untrained: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network that a checkpoint holds, with its weights, or an untrained one.
@@ -52,6 +53,7 @@ def load_network(
         model: The model's specification; may be left out for layerlens' own checkpoints, unless that is
             somebody's factory: what a file names is never imported.
         dataset: Gives the image shape, and the number of classes where the checkpoint does not tell.
+        untrained: Build the checkpoint's architecture with fresh weights: the twin that is compared with it.
         seed: Of fresh weights.
 
     Returns:
@@ -76,7 +78,7 @@ def load_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _assemble(spec, shape, _head(metadata), classes)
-    if checkpoint is not None:
+    if checkpoint is not None and not untrained:
         load_into(network, checkpoint)
     return network, metadata
 

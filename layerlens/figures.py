@@ -1,0 +1,257 @@
+"""Results as figures; the only module that imports matplotlib."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerlens.analysis.regions import RegionSet
+from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
+from layerlens.errors import RunFolderError, ShapeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from layerlens.recommend import Target
+
+FORMATS = ("png", "svg", "pdf")
+_STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 8, "figure.dpi": 110, "savefig.dpi": 200, "svg.hashsalt": "layerlens", "svg.fonttype": "none",
+    "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": None,
+}  # fmt: skip
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
+_TARGET = "#E41A1C"
+
+
+def heatmap(
+    matrix: SimilarityMatrix,
+    *,
+    regions: RegionSet | None = None,
+    targets: Sequence[Target] = (),
+    title: str | None = None,
+    ax: Axes | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """Similarity of all pairs of layers; black frames are regions, red marks are recommended targets.
+
+    A red triangle on the diagonal points right at a target with stop-gradient and left at one without. Layer order
+    is the network's; the origin is at the lower left, as in the paper's figures. The scale is [0, 1], so that
+    figures compare; grey means no value.
+
+    Args:
+        matrix: What to draw.
+        regions: Supported ones get a solid frame, others a dotted one.
+        targets: From a `Recommendation`.
+        title: Above the axes.
+        ax: Where to draw; a new figure by default.
+        colorbar: Whether to add one.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    with _style():
+        count = len(matrix.layers)
+        side = min(3.2 + 0.22 * count, 9.0)
+        axes = ax or plt.subplots(figsize=(side + 0.7, side), layout="constrained")[1]
+        colours = plt.get_cmap("viridis").with_extremes(bad="0.75")
+        image = axes.imshow(np.ma.masked_invalid(matrix.values), vmin=0, vmax=1, cmap=colours, origin="lower")
+        axes.set_xticks(range(count), [f"{name}  {i}" for i, name in enumerate(matrix.layers)], rotation=90)
+        axes.set_yticks(range(count), [f"{name}  {i}" for i, name in enumerate(matrix.layers)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if count <= 12:
+            _annotate(axes, matrix)
+        for region in regions.regions if regions else ():
+            first, size = matrix.layers.index(region.layers[0]), len(region.layers)
+            line = "-" if region.supported else ":"
+            frame = Rectangle((first - 0.5, first - 0.5), size, size, fill=False, ec="black", lw=1.8, ls=line)
+            frame.set_clip_on(False)
+            axes.add_patch(frame)
+        for target in targets:
+            place = matrix.layers.index(target.layer)
+            marker = ">" if target.stop_gradient else "<"
+            axes.plot(place, place, marker=marker, ms=9, mfc=_TARGET, mec="white", mew=0.9, ls="")
+            for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+                labels[place].set_color(_TARGET)
+        axes.set_title(title if title is not None else f"{matrix.kernel} CKA, {matrix.samples} samples")
+        if colorbar:
+            axes.figure.colorbar(image, ax=axes, shrink=0.8, label="CKA")
+    return axes
+
+
+def heatmaps(
+    matrices: Mapping[str, SimilarityMatrix],
+    *,
+    regions: Mapping[str, RegionSet] | None = None,
+    targets: Mapping[str, Sequence[Target]] | None = None,
+) -> Figure:
+    """Several heat maps side by side on one scale, with one colour bar.
+
+    Args:
+        matrices: By title.
+        regions, targets: By the same titles, where there are any.
+    """
+    import matplotlib.pyplot as plt
+
+    if not matrices:
+        raise ShapeError("no matrix to draw")
+    with _style():
+        count = max(len(m.layers) for m in matrices.values())
+        side = min(2.9 + 0.16 * count, 6.0)
+        figure, row = plt.subplots(
+            1, len(matrices), figsize=(side * len(matrices) + 0.6, side), layout="constrained", squeeze=False
+        )
+        for axes, (title, matrix) in zip(row[0], matrices.items(), strict=True):
+            heatmap(
+                matrix, regions=(regions or {}).get(title), targets=(targets or {}).get(title, ()), title=title, ax=axes,
+                colorbar=False,
+            )  # fmt: skip
+        figure.colorbar(row[0][0].images[0], ax=list(row[0]), shrink=0.8, label="CKA")
+    return figure
+
+
+def geometry_plane(trajectories: Mapping[str, Sequence[Geometry]], *, ax: Axes | None = None) -> Axes:
+    """Alignment against uniformity, an arrow from each checkpoint to the next; lower left is better.
+
+    Args:
+        trajectories: By label, checkpoints in the order of training.
+        ax: Where to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    with _style():
+        axes = ax or plt.subplots(figsize=(4.6, 3.8), layout="constrained")[1]
+        for (label, points), colour in zip(trajectories.items(), _cycle(), strict=False):
+            x, y = [p.uniformity for p in points], [p.alignment for p in points]
+            axes.plot(x, y, "o", ms=4, color=colour, label=label)
+            for k in range(len(x) - 1):
+                arrow = {"arrowstyle": "->", "color": colour, "lw": 1.2, "shrinkA": 2, "shrinkB": 2}
+                axes.annotate("", (x[k + 1], y[k + 1]), (x[k], y[k]), arrowprops=arrow)
+            for k in {0, len(points) - 1}:
+                if points and points[k].epoch is not None:
+                    axes.annotate(f"epoch {points[k].epoch}", (x[k], y[k]), textcoords="offset points", xytext=(6, 5))
+        axes.set(xlabel="uniformity (lower is better)", ylabel="alignment (lower is better)")
+        axes.margins(0.18)
+        axes.legend(frameon=False)
+    return axes
+
+
+def layer_profile(profiles: Mapping[str, LayerProfile], *, ax: Axes | None = None) -> Axes:
+    """One number per layer, in network order, with its interval as a band.
+
+    Args:
+        profiles: By label; all over the same layers.
+        ax: Where to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    names = {p.layers for p in profiles.values()}
+    if len(names) != 1:
+        raise ShapeError("the profiles must be over the same layers, and at least one")
+    layers = names.pop()
+    with _style():
+        axes = ax or plt.subplots(figsize=(2.4 + 0.35 * len(layers), 3.4), layout="constrained")[1]
+        place = np.arange(len(layers))
+        for (label, profile), colour in zip(profiles.items(), _cycle(), strict=False):
+            axes.plot(place, profile.values, "o-", ms=4, color=colour, label=label)
+            axes.fill_between(place, profile.low, profile.high, color=colour, alpha=0.2, lw=0)
+        axes.set_xticks(place, layers, rotation=90 if len(layers) > 8 else 45)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(next(iter(profiles.values())).measure.replace("_", " "))
+        axes.legend(frameon=False)
+    return axes
+
+
+def training_curves(runs: Mapping[str, Iterable[Mapping[str, Any]]], *, key: str = "loss", ax: Axes | None = None) -> Axes:
+    """A logged number over the epochs of one run or several.
+
+    Args:
+        runs: Metrics lines by label, as `metrics.jsonl` holds them.
+        key: `loss`, `knn` or `learning_rate`.
+        ax: Where to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    with _style():
+        axes = ax or plt.subplots(figsize=(4.4, 3.2), layout="constrained")[1]
+        for (label, lines), colour in zip(runs.items(), _cycle(), strict=False):
+            points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, label=label)
+        names = {"loss": "training loss (nats)", "knn": "k-NN accuracy, held-out", "learning_rate": "learning rate"}
+        axes.set(xlabel="epoch", ylabel=names.get(key, key))
+        axes.legend(frameon=False)
+    return axes
+
+
+def save_figure(drawn: Axes | Figure, stem: str | Path, source: Mapping[str, Result] | Any, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write a figure in every format, and beside it the JSON that it was drawn from; the figure is closed.
+
+    Args:
+        drawn: What a function of this module returned.
+        stem: Path without an ending.
+        source: The result, or results by label.
+        formats: Of `png`, `svg`, `pdf`.
+
+    Raises:
+        RunFolderError: The folder can't be written.
+    """
+    import matplotlib.pyplot as plt
+
+    figure: Any = getattr(drawn, "figure", drawn)
+    stem = Path(stem)
+    content = source.to_dict() if isinstance(source, Result) else _by_label(source)
+    written = []
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with _style():
+            for ending in formats:
+                path = stem.with_name(f"{stem.name}.{ending}")
+                stamp = {"Software": None} if ending == "png" else {"CreationDate": None} if ending == "pdf" else {"Date": None}
+                figure.savefig(path, metadata=stamp)
+                written.append(path)
+        path = stem.with_name(f"{stem.name}.json")
+        path.write_text(json.dumps(content, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"can't write {str(stem)!r}: {error.strerror or error}; choose another folder with --out") from error
+    finally:
+        plt.close(figure)
+    return [*written, path]
+
+
+def _by_label(source: Any) -> Any:
+    if isinstance(source, Result):
+        return source.to_dict()
+    if isinstance(source, Mapping):
+        return {str(key): _by_label(value) for key, value in source.items()}
+    if isinstance(source, list | tuple):
+        return [_by_label(value) for value in source]
+    return source
+
+
+def _annotate(axes: Axes, matrix: SimilarityMatrix) -> None:
+    small = 7 if len(matrix.layers) <= 8 else 5.5
+    for i, j in np.ndindex(*matrix.values.shape):
+        value = matrix.values[i, j]
+        if i != j and np.isfinite(value):
+            text = f"{value:.2f}".replace("0.", ".", 1)
+            axes.text(j, i, text, ha="center", va="center", fontsize=small, color="white" if value < 0.6 else "black")
+
+
+def _cycle() -> Iterator[str]:
+    while True:
+        yield from _COLOURS
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context({key: value for key, value in _STYLE.items() if value is not None}):
+        yield

@@ -1,0 +1,373 @@
+"""The whole path: a checkpoint, or a run with its checkpoints, analysed and turned into a recommendation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from layerlens.activations import features
+from layerlens.analysis.cka import cka_matrix
+from layerlens.analysis.geometry import alignment, uniformity
+from layerlens.analysis.measures import effective_rank_profile
+from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
+from layerlens.augment.views import Views
+from layerlens.data import Batches, Dataset, load_data, to_unit
+from layerlens.errors import ConfigError, RunFolderError
+from layerlens.evaluation.knn import knn_accuracy
+from layerlens.evaluation.probe import probe_accuracy
+from layerlens.models import head_name
+from layerlens.provenance import provenance
+from layerlens.recommend import Recommendation, recommend
+from layerlens.training.checkpoint import fingerprint, read_json, write_json
+from layerlens.training.config import RunConfig, make_config
+from layerlens.training.loop import Progress, read_metrics, read_result, train
+from layerlens.training.network import load_network
+
+T = TypeVar("T")
+Watch = Callable[[Iterable[T], str], Iterable[T]]
+DEMO = RunConfig(model="resnet20-cifar", data="digits", epochs=80, batch_size=128, keep_every=10, knn_every=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an analysis looks at.
+
+    Attributes:
+        layers: A selection, see `layers.select`.
+        samples: Images of the split, drawn with `seed`; all if there are fewer.
+        batch_size: Images per batch.
+        split: `test` or `train`. No labels are used.
+        kernel, estimator: Of the CKA, see `cka_matrix`.
+        level: Confidence of all intervals.
+        seed: Of the choice of images, their views, the twin's weights and the resampling.
+    """
+
+    layers: str = "auto"
+    samples: int = 1000
+    batch_size: int = 100
+    split: str = "test"
+    kernel: str = "linear"
+    estimator: str = "minibatch"
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 4 or self.batch_size < 4:
+            raise ConfigError(f"samples={self.samples}, batch_size={self.batch_size}; allowed: 4 or more")
+        if not 0 < self.level < 1:
+            raise ConfigError(f"level={self.level}; allowed: between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis(Result):
+    """One checkpoint, looked at.
+
+    Attributes:
+        label: What it is called in figures.
+        cka: Similarity of all layers.
+        effective_rank: Per layer.
+        geometry: Of the embedding, under two random views of each image.
+        facts: Checkpoint, model, data, settings and environment.
+    """
+
+    label: str
+    cka: SimilarityMatrix
+    effective_rank: LayerProfile
+    geometry: Geometry
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, kind in (("cka", SimilarityMatrix), ("effective_rank", LayerProfile), ("geometry", Geometry)):
+            object.__setattr__(self, name, _restored(getattr(self, name), kind))
+
+    def to_frame(self) -> Any:
+        """The similarity matrix in long form (a pandas DataFrame)."""
+        return self.cka.to_frame().assign(label=self.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAnalysis(Result):
+    """A run from its first checkpoint to its last.
+
+    Attributes:
+        name: Of the run folder.
+        config: The run's settings.
+        metrics: One entry per epoch.
+        before, after: The untrained twin (or first checkpoint) and the last one.
+        trajectory: Geometry of the embedding at each kept checkpoint.
+        scores: Test accuracy of k-NN (k = 200) and linear probe by checkpoint label; empty without labels.
+        recommendation: From `after`, with `before` as the baseline.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    before: Analysis
+    after: Analysis
+    trajectory: tuple[Geometry, ...]
+    scores: dict[str, dict[str, float]]
+    recommendation: Recommendation
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("before", Analysis), ("after", Analysis), ("recommendation", Recommendation)):
+            object.__setattr__(self, name, _restored(getattr(self, name), kind))
+        object.__setattr__(self, "trajectory", tuple(_restored(g, Geometry) for g in self.trajectory))
+
+    def to_frame(self) -> Any:
+        """The recommended targets (a pandas DataFrame)."""
+        return self.recommendation.to_frame().assign(run=self.name)
+
+
+def analyze(
+    network: nn.Module,
+    dataset: Dataset,
+    *,
+    label: str = "model",
+    settings: Settings | None = None,
+    facts: dict[str, Any] | None = None,
+    watch: Watch[Any] | None = None,
+) -> Analysis:
+    """CKA with intervals, effective rank and geometry of one network on one data set.
+
+    Args:
+        network: Any module that takes the data set's images; it is left as it was.
+        dataset: Where the images come from.
+        label: What figures call it.
+        settings: What to look at.
+        facts: Recorded in the result.
+        watch: Wraps each loop with its title, for a progress bar.
+
+    Raises:
+        UnknownLayerError, NonFiniteError, BatchTooSmallError: As `cka_matrix`.
+    """
+    chosen, see = settings or Settings(), watch or _silent
+    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    matrix = cka_matrix(
+        network, see(batches, f"CKA {label}"), chosen.layers, kernel=chosen.kernel, estimator=chosen.estimator,
+        level=chosen.level,
+    )  # fmt: skip
+    rank = effective_rank_profile(network, see(batches, f"rank {label}"), chosen.layers, level=chosen.level)
+    return Analysis(
+        label=label, cka=matrix, effective_rank=rank, geometry=measure_geometry(network, dataset, chosen),
+        facts={**(facts or {}), "settings": vars(chosen), "environment": provenance()},
+    )  # fmt: skip
+
+
+def measure_geometry(
+    network: nn.Module, dataset: Dataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
+) -> Geometry:
+    """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image."""
+    views = views or default_views(dataset)
+    batches = dataset.batches(
+        settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
+    )
+    first, second = (features(network, _Viewed(batches, views, (settings.seed, side))) for side in (0, 1))
+    return Geometry(
+        alignment=alignment(first, second), uniformity=uniformity(first), samples=len(first), split=settings.split,
+        epoch=epoch,
+    )  # fmt: skip
+
+
+def default_views(dataset: Dataset) -> Views:
+    """SimCLR's views as a run on this data set would use them."""
+    return Views() if dataset.flip else Views(scale=0.4, flip=0.0, grey=0.0)
+
+
+def evaluate(
+    network: nn.Module, dataset: Dataset, *, layer: str | None = None, k: int = 200, watch: Watch[Any] | None = None
+) -> dict[str, float]:
+    """Offline test accuracy of frozen features: weighted k-NN (k and 10) and linear probe.
+
+    Args:
+        network: Left as it was.
+        dataset: Its whole training split is the bank, its test split the queries.
+        layer: Layer name; the embedding by default, see `features`.
+        k: Neighbours.
+        watch: For a progress bar.
+
+    Returns:
+        `knn`, `knn10` and `probe` in [0, 1].
+
+    Raises:
+        ConfigError: The data have no labels.
+    """
+    if dataset.y_train is None or dataset.y_test is None:
+        raise ConfigError(f"{dataset.name} has no labels; k-NN and linear probe need y_train and y_test")
+    see = watch or _silent
+    parts = [
+        features(network, see(Batches(dataset, x, None, torch.arange(len(x)), 512), f"features {name}"), layer)
+        for name, x in (("train", dataset.x_train), ("test", dataset.x_test))
+    ]
+    bank, queries = parts
+    scores = {
+        name: knn_accuracy(bank, dataset.y_train, queries, dataset.y_test, k=count) for name, count in (("knn", k), ("knn10", 10))
+    }
+    return {**scores, "probe": probe_accuracy(bank, dataset.y_train, queries, dataset.y_test)}
+
+
+def analyze_checkpoint(
+    checkpoint: str | Path | None,
+    dataset: Dataset,
+    *,
+    model: str | None = None,
+    settings: Settings | None = None,
+    twin: bool = True,
+    device: str = "cpu",
+    watch: Watch[Any] | None = None,
+) -> tuple[Analysis, Analysis | None]:
+    """Analyse a checkpoint and, with `twin`, the same architecture freshly initialised.
+
+    Args:
+        checkpoint: File; None for the model's own weights (a factory may load some).
+        dataset: The images.
+        model: Specification, where the checkpoint is not layerlens' own.
+        settings: What to look at.
+        twin: Whether to analyse the untrained twin too.
+        device: Where to run.
+        watch: For a progress bar.
+    """
+    chosen = settings or Settings()
+    network, metadata = load_network(checkpoint, model=model, dataset=dataset, seed=chosen.seed)
+    facts = {
+        "checkpoint": Path(checkpoint).name if checkpoint else None,
+        "sha256": fingerprint(checkpoint) if checkpoint else None,
+        "model": model or metadata.get("model"), "epoch": metadata.get("epoch"), "data": dataset.fingerprint(),
+    }  # fmt: skip
+    label = Path(checkpoint).stem if checkpoint else str(facts["model"])
+    found = analyze(network.to(device), dataset, label=label, settings=chosen, facts=facts, watch=watch)
+    if not twin:
+        return found, None
+    fresh, _ = load_network(checkpoint, model=model, dataset=dataset, untrained=True, seed=chosen.seed)
+    twin_facts = {**facts, "checkpoint": None, "sha256": None, "epoch": None}
+    return found, analyze(fresh.to(device), dataset, label="untrained twin", settings=chosen, facts=twin_facts, watch=watch)
+
+
+def analyze_run(
+    folder: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    model: str | None = None,
+    settings: Settings | None = None,
+    watch: Watch[Any] | None = None,
+) -> RunAnalysis:
+    """Analyse a finished run: before and after, geometry at every checkpoint, scores, recommendation.
+
+    The result is kept in the run's `analysis/run.json` and read from there if the settings are the same.
+
+    Raises:
+        RunFolderError: No finished run there.
+        DataError: The data are no longer where the run found them.
+    """
+    folder, chosen, see = Path(folder), settings or Settings(), watch or _silent
+    config = read_run_config(folder)
+    kept = folder / "analysis" / "run.json"
+    if kept.exists() and (found := _kept_analysis(kept, chosen)) is not None:
+        return found
+    result = read_result(folder)
+    dataset = dataset or load_data(config.data)
+    if dataset.fingerprint() != config.data_sha256:
+        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {config.data!r} than are there now")
+    paths = [folder / name for name in result.checkpoints]
+    trajectory = []
+    for path in see(paths, "geometry"):
+        network, metadata = load_network(path, model=model, dataset=dataset)
+        views = Views(**config.views.model_dump()) if config.views else None
+        trajectory.append(measure_geometry(network, dataset, chosen, epoch=metadata.get("epoch"), views=views))
+    after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, watch=see)
+    assert twin is not None
+    made = RunAnalysis(
+        name=folder.name, config=config.model_dump(mode="json"), metrics=read_metrics(folder), before=twin, after=after,
+        trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), dataset, model, see),
+        recommendation=recommend(after.cka, twin.cka, geometry=trajectory[-1], level=chosen.level, seed=chosen.seed),
+        settings=vars(chosen),
+    )  # fmt: skip
+    write_json(kept, made.to_dict())
+    return made
+
+
+def read_run_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        RunFolderError: It is no run folder.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise RunFolderError(f"{str(folder)!r} is no run folder: it has no config.json. `layerlens train` makes one")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise RunFolderError(f"{str(path)!r} is damaged; train again in a new folder")
+    return make_config(content["config"])
+
+
+def demo(
+    folder: str | Path = "demo", *, progress: Callable[[Progress], None] | None = None, watch: Watch[Any] | None = None
+) -> RunAnalysis:
+    """The main job: SimCLR on handwritten digits, from random weights to a recommendation.
+
+    Interrupted, it goes on where it stopped; finished, it reads what it has. `report.write_report` shows it.
+    """
+    dataset = load_data(DEMO.data)
+    run = Path(folder) / "run"
+    train(DEMO, run, dataset=dataset, device="cpu", progress=progress)
+    return analyze_run(run, dataset=dataset, settings=Settings(samples=360, batch_size=36), watch=watch)
+
+
+def discard_demo(folder: str | Path) -> None:
+    """Remove an earlier demo's run, so that the next one starts anew; nothing else is touched."""
+    run = Path(folder) / "run"
+    if run.exists():
+        if read_run_config(run).model != DEMO.model:
+            raise RunFolderError(f"{str(run)!r} is not a demo run; choose another --out")
+        shutil.rmtree(run)
+
+
+def embedding_name(network: nn.Module, dataset: Dataset) -> str:
+    """What `features` means by the embedding of a network, in words."""
+    head = head_name(network, torch.zeros(2, *dataset.input_shape))
+    return f"input of {head}" if head else "output"
+
+
+class _Viewed:
+    """The images of some batches under one random view each, the same at every iteration."""
+
+    def __init__(self, batches: Batches, views: Views, seed: tuple[int, int]) -> None:
+        self.batches, self.views, self.seed = batches, views, seed
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(2 * self.seed[0] + self.seed[1] + 1)
+        for rows in self.batches.order.tensor_split(len(self.batches)):
+            images = to_unit(self.batches.images[rows])
+            yield self.batches.dataset.normalize(self.views(images, generator))
+
+
+def _scores(paths: Iterable[Path], dataset: Dataset, model: str | None, see: Watch[Any]) -> dict[str, dict[str, float]]:
+    if dataset.y_train is None or dataset.y_test is None:
+        return {}
+    networks = {path.stem: load_network(path, model=model, dataset=dataset)[0] for path in paths}
+    return {label: evaluate(network, dataset, watch=see) for label, network in networks.items()}
+
+
+def _kept_analysis(path: Path, settings: Settings) -> RunAnalysis | None:
+    content = read_json(path)
+    return RunAnalysis.from_dict(content) if content.get("settings") == vars(settings) else None
+
+
+def _restored(value: Any, kind: type[Result]) -> Any:
+    """A nested result as an object again after a trip through JSON."""
+    if not isinstance(value, dict):
+        return value
+    return kind(**{key: item for key, item in value.items() if key not in ("type", "schema")})
+
+
+def _silent(items: Iterable[T], _title: str) -> Iterable[T]:
+    return items
+
+
