@@ -1,3 +1,97 @@
-"""layerlens: at which layer should you intervene?"""
+"""layerlens: at which layer should you intervene?
+
+Importing layerlens does not import torch; the public names load what they need when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from layerlens import figures as figures
+    from layerlens.activations import capture as capture
+    from layerlens.activations import features as features
+    from layerlens.analysis.cka import StreamingCKA as StreamingCKA
+    from layerlens.analysis.cka import WholeSetCKA as WholeSetCKA
+    from layerlens.analysis.cka import cka as cka
+    from layerlens.analysis.cka import cka_matrix as cka_matrix
+    from layerlens.analysis.geometry import alignment as alignment
+    from layerlens.analysis.geometry import diversity as diversity
+    from layerlens.analysis.geometry import invariance as invariance
+    from layerlens.analysis.geometry import uniformity as uniformity
+    from layerlens.analysis.measures import effective_rank as effective_rank
+    from layerlens.analysis.measures import effective_rank_profile as effective_rank_profile
+    from layerlens.analysis.regions import find_regions as find_regions
+    from layerlens.analysis.results import Caution as Caution
+    from layerlens.analysis.results import SimilarityMatrix as SimilarityMatrix
+    from layerlens.augment.deep import DeepAugmentation as DeepAugmentation
+    from layerlens.augment.transforms import remove_principal_components as remove_principal_components
+    from layerlens.augment.views import Views as Views
+    from layerlens.data import Dataset as Dataset
+    from layerlens.data import dataset_from_arrays as dataset_from_arrays
+    from layerlens.data import load_data as load_data
+    from layerlens.errors import LayerlensError as LayerlensError
+    from layerlens.evaluation.knn import knn_accuracy as knn_accuracy
+    from layerlens.evaluation.probe import probe_accuracy as probe_accuracy
+    from layerlens.layers import discover as discover
+    from layerlens.models import build_model as build_model
+    from layerlens.models import reinitialized as reinitialized
+    from layerlens.pipeline import Settings as Settings
+    from layerlens.pipeline import analyze as analyze
+    from layerlens.pipeline import analyze_checkpoint as analyze_checkpoint
+    from layerlens.pipeline import analyze_run as analyze_run
+    from layerlens.pipeline import evaluate as evaluate
+    from layerlens.recommendation import Recommendation as Recommendation
+    from layerlens.recommendation import recommend as recommend
+    from layerlens.report import write_report as write_report
+    from layerlens.training.checkpoint import load_into as load_into
+    from layerlens.training.config import RunConfig as RunConfig
+    from layerlens.training.loop import train as train
+    from layerlens.training.network import load_network as load_network
+    from layerlens.training.objectives.simclr import nt_xent as nt_xent
+
+_HOMES = {
+    "activations": ("capture", "features"),
+    "analysis.cka": ("StreamingCKA", "WholeSetCKA", "cka", "cka_matrix"),
+    "analysis.geometry": ("alignment", "diversity", "invariance", "uniformity"),
+    "analysis.measures": ("effective_rank", "effective_rank_profile"),
+    "analysis.regions": ("find_regions",),
+    "analysis.results": ("Caution", "SimilarityMatrix"),
+    "augment.deep": ("DeepAugmentation",),
+    "augment.transforms": ("remove_principal_components",),
+    "augment.views": ("Views",),
+    "data": ("Dataset", "dataset_from_arrays", "load_data"),
+    "errors": ("LayerlensError",),
+    "evaluation.knn": ("knn_accuracy",),
+    "evaluation.probe": ("probe_accuracy",),
+    "layers": ("discover",),
+    "models": ("build_model", "reinitialized"),
+    "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate"),
+    "recommendation": ("Recommendation", "recommend"),
+    "report": ("write_report",),
+    "training.checkpoint": ("load_into",),
+    "training.config": ("RunConfig",),
+    "training.loop": ("train",),
+    "training.network": ("load_network",),
+    "training.objectives.simclr": ("nt_xent",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME, "figures"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":
+        value: Any = importlib.import_module("layerlens.figures")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"layerlens.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'layerlens' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

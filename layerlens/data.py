@@ -83,9 +83,7 @@ class Batches:
     The batches are of equal size but for one sample, so that none is too short for a statistic.
     """
 
-    def __init__(
-        self, dataset: Dataset, images: Tensor, labels: Tensor | None, order: Tensor, batch_size: int
-    ) -> None:
+    def __init__(self, dataset: Dataset, images: Tensor, labels: Tensor | None, order: Tensor, batch_size: int) -> None:
         self.dataset, self.images, self.labels, self.order = dataset, images, labels, order
         self.batch_size = batch_size
 
@@ -150,7 +148,11 @@ def dataset_from_arrays(
         _labels(f"{name}: {key}", y, len(x)) for key, y, x in (("y_train", y_train, train), ("y_test", y_test, test))
     ]
     known = [y.max().item() for y in labels if y is not None]
-    names = tuple(str(c) for c in classes) if classes is not None else tuple(map(str, range(int(max(known, default=-1)) + 1)))
+    names = (
+        tuple(str(c) for c in classes)
+        if classes is not None
+        else tuple(map(str, range(int(max(known, default=-1)) + 1)))
+    )
     if known and max(known) >= len(names):
         raise DataError(f"{name}: label {int(max(known))} but only {len(names)} class names")
     return Dataset(
@@ -186,7 +188,9 @@ def _images(label: str, values: Any) -> Tensor:
     elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
-        raise DataError(f"{label} has shape {tuple(x.shape)}; allowed: (n, h, w), (n, h, w, c) or (n, c, h, w), c = 1 or 3")
+        raise DataError(
+            f"{label} has shape {tuple(x.shape)}; allowed: (n, h, w), (n, h, w, c) or (n, c, h, w), c = 1 or 3"
+        )
     x = x.contiguous()
     if x.dtype == torch.uint8:
         return x
@@ -205,7 +209,9 @@ def _labels(label: str, values: Any, count: int) -> Tensor | None:
         return None
     y = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values)
     if y.shape != (count,) or y.is_floating_point() or (count and y.min() < 0):
-        raise DataError(f"{label} must be {count} non-negative class indices of shape ({count},); got {tuple(y.shape)} {y.dtype}")
+        raise DataError(
+            f"{label} must be {count} non-negative class indices of shape ({count},); got {tuple(y.shape)} {y.dtype}"
+        )
     return y.long()
 
 
@@ -267,7 +273,9 @@ def _imagefolder(spec: Spec, download: bool) -> Dataset:
                 f"imagefolder needs {root}/train/CLASS/*.png and {root}/test/CLASS/*.png (or val): {error}"
             ) from error
         if classes and folder.classes != classes:
-            raise DataError(f"{root}/train and {root}/{test_name} hold different classes: {classes} and {folder.classes}")
+            raise DataError(
+                f"{root}/train and {root}/{test_name} hold different classes: {classes} and {folder.classes}"
+            )
         classes = folder.classes
         parts[split] = torch.stack([image for image, _ in loaded]), torch.tensor([label for _, label in loaded])
     return dataset_from_arrays(spec.text, *parts["train"], *parts[test_name], classes=classes)
@@ -283,7 +291,9 @@ def _npz(spec: Spec, download: bool) -> Dataset:
         raise DataError(f"{spec.argument!r} is not a plain npz archive of arrays: {error}") from error
     missing = [key for key in ("x_train", "x_test") if key not in arrays]
     if missing:
-        raise DataError(f"{spec.argument!r} lacks {missing}; it holds {sorted(arrays)}; y_train and y_test are optional")
+        raise DataError(
+            f"{spec.argument!r} lacks {missing}; it holds {sorted(arrays)}; y_train and y_test are optional"
+        )
     return dataset_from_arrays(
         spec.text, arrays["x_train"], arrays.get("y_train"), arrays["x_test"], arrays.get("y_test"),
         classes=arrays.get("classes"),

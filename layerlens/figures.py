@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from layerlens.recommend import Target
+    from layerlens.recommendation import Target
 
 FORMATS = ("png", "svg", "pdf")
 _STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "figure.dpi": 110, "savefig.dpi": 200, "svg.hashsalt": "layerlens", "svg.fonttype": "none",
-    "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": None,
+    "legend.fontsize": 8, "figure.dpi": 110, "savefig.dpi": 200, "svg.hashsalt": "layerlens", "svg.fonttype": "path",
+    "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
 _TARGET = "#E41A1C"
@@ -169,7 +169,9 @@ def layer_profile(profiles: Mapping[str, LayerProfile], *, ax: Axes | None = Non
     return axes
 
 
-def training_curves(runs: Mapping[str, Iterable[Mapping[str, Any]]], *, key: str = "loss", ax: Axes | None = None) -> Axes:
+def training_curves(
+    runs: Mapping[str, Iterable[Mapping[str, Any]]], *, key: str = "loss", ax: Axes | None = None
+) -> Axes:
     """A logged number over the epochs of one run or several.
 
     Args:
@@ -190,7 +192,9 @@ def training_curves(runs: Mapping[str, Iterable[Mapping[str, Any]]], *, key: str
     return axes
 
 
-def save_figure(drawn: Axes | Figure, stem: str | Path, source: Mapping[str, Result] | Any, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save_figure(
+    drawn: Axes | Figure, stem: str | Path, source: Mapping[str, Result] | Any, formats: Sequence[str] = FORMATS
+) -> list[Path]:
     """Write a figure in every format, and beside it the JSON that it was drawn from; the figure is closed.
 
     Args:
@@ -213,13 +217,21 @@ def save_figure(drawn: Axes | Figure, stem: str | Path, source: Mapping[str, Res
         with _style():
             for ending in formats:
                 path = stem.with_name(f"{stem.name}.{ending}")
-                stamp = {"Software": None} if ending == "png" else {"CreationDate": None} if ending == "pdf" else {"Date": None}
+                stamp = (
+                    {"Software": None}
+                    if ending == "png"
+                    else {"CreationDate": None}
+                    if ending == "pdf"
+                    else {"Date": None}
+                )
                 figure.savefig(path, metadata=stamp)
                 written.append(path)
         path = stem.with_name(f"{stem.name}.json")
         path.write_text(json.dumps(content, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(f"can't write {str(stem)!r}: {error.strerror or error}; choose another folder with --out") from error
+        raise RunFolderError(
+            f"can't write {str(stem)!r}: {error.strerror or error}; choose another folder with --out"
+        ) from error
     finally:
         plt.close(figure)
     return [*written, path]
@@ -253,5 +265,5 @@ def _cycle() -> Iterator[str]:
 def _style() -> Iterator[None]:
     import matplotlib as mpl
 
-    with mpl.rc_context({key: value for key, value in _STYLE.items() if value is not None}):
+    with mpl.rc_context(_STYLE):
         yield

@@ -246,7 +246,9 @@ def _unknown(model: nn.Module, pattern: str, names: list[str]) -> str:
         return f"{pattern!r} runs {len(repeated)} times in a pass; name one call: {', '.join(repeated)}"
     if pattern in dict(call_names(model)):
         return f"{pattern!r} never runs in the forward pass; {closest(pattern, names)}"
-    return f"no layer {pattern!r} in {type(model).__name__}; {closest(pattern, names)}. `layerlens layers MODEL` lists all"
+    return (
+        f"no layer {pattern!r} in {type(model).__name__}; {closest(pattern, names)}. `layerlens layers MODEL` lists all"
+    )
 
 
 def _parts(output: Any) -> Sequence[Any]:

@@ -291,7 +291,9 @@ def _torchvision(spec: Spec, options: dict[str, Any], classes: int | None) -> nn
     from torchvision import models
 
     if spec.argument not in models.list_models():
-        raise UnknownNameError(f"torchvision has no model {spec.argument!r}; {closest(spec.argument, models.list_models())}")
+        raise UnknownNameError(
+            f"torchvision has no model {spec.argument!r}; {closest(spec.argument, models.list_models())}"
+        )
     if classes is not None and "weights" not in options:
         options.setdefault("num_classes", classes)
     try:

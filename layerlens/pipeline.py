@@ -23,7 +23,7 @@ from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import probe_accuracy
 from layerlens.models import head_name
 from layerlens.provenance import provenance
-from layerlens.recommend import Recommendation, recommend
+from layerlens.recommendation import Recommendation, recommend
 from layerlens.training.checkpoint import fingerprint, read_json, write_json
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, read_metrics, read_result, train
@@ -31,7 +31,7 @@ from layerlens.training.network import load_network
 
 T = TypeVar("T")
 Watch = Callable[[Iterable[T], str], Iterable[T]]
-DEMO = RunConfig(model="resnet20-cifar", data="digits", epochs=80, batch_size=128, keep_every=10, knn_every=2)
+DEMO = RunConfig(model="resnet18-cifar,width=16", data="digits", epochs=80, batch_size=128, keep_every=10, knn_every=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,8 @@ def evaluate(
     ]
     bank, queries = parts
     scores = {
-        name: knn_accuracy(bank, dataset.y_train, queries, dataset.y_test, k=count) for name, count in (("knn", k), ("knn10", 10))
+        name: knn_accuracy(bank, dataset.y_train, queries, dataset.y_test, k=count)
+        for name, count in (("knn", k), ("knn10", 10))
     }
     return {**scores, "probe": probe_accuracy(bank, dataset.y_train, queries, dataset.y_test)}
 
@@ -246,7 +247,9 @@ def analyze_checkpoint(
         return found, None
     fresh, _ = load_network(checkpoint, model=model, dataset=dataset, untrained=True, seed=chosen.seed)
     twin_facts = {**facts, "checkpoint": None, "sha256": None, "epoch": None}
-    return found, analyze(fresh.to(device), dataset, label="untrained twin", settings=chosen, facts=twin_facts, watch=watch)
+    return found, analyze(
+        fresh.to(device), dataset, label="untrained twin", settings=chosen, facts=twin_facts, watch=watch
+    )
 
 
 def analyze_run(
@@ -290,6 +293,21 @@ def analyze_run(
     )  # fmt: skip
     write_json(kept, made.to_dict())
     return made
+
+
+def keep_analysis(found: Analysis, folder: Path) -> None:
+    """Write `analysis.json`, unless the folder holds the analysis of something else.
+
+    Raises:
+        RunFolderError: It holds another analysis, or can't be written.
+    """
+    path = folder / "analysis.json"
+    if path.exists():
+        kept = read_json(path).get("facts", {})
+        for key in ("sha256", "model", "data", "settings"):
+            if kept.get(key) != found.facts.get(key):
+                raise RunFolderError(f"{str(folder)!r} holds an analysis with another {key}; choose another --out")
+    write_json(path, found.to_dict())
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
@@ -369,5 +387,3 @@ def _restored(value: Any, kind: type[Result]) -> Any:
 
 def _silent(items: Iterable[T], _title: str) -> Iterable[T]:
     return items
-
-

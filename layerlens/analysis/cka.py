@@ -237,7 +237,11 @@ class WholeSetCKA(StreamingCKA):
         stack = torch.empty(len(self.layers), n * n, dtype=torch.float64)
         for position, rows in enumerate(self._rows):
             x = torch.cat(rows)
-            gram = rbf_from_gram(centred_gram(x.double())[0], self.rbf_factor) if self.kernel == "rbf" else centred_gram(x)[0]
+            gram = (
+                rbf_from_gram(centred_gram(x.double())[0], self.rbf_factor)
+                if self.kernel == "rbf"
+                else centred_gram(x)[0]
+            )
             stack[position] = (h_centre(gram) if self.estimator == "biased" else u_centre(gram)).flatten()
         values = cka_of(np.where(dead[:, None] | dead[None, :], 0.0, _all_pairs(stack).numpy()))
         return super()._values(values, dead)

@@ -88,4 +88,3 @@ class _Ranks:
             low=tuple((mean - reach).tolist()), high=tuple((mean + reach).tolist()),
             ceiling=float(max(self.sizes) - 1), samples=sum(self.sizes),
         )  # fmt: skip
-

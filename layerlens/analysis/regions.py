@@ -344,6 +344,8 @@ def _cautions(matrix: SimilarityMatrix, regions: Sequence[Region]) -> list[Cauti
                 )
             )
     if matrix.missing:
-        text = f"dead or constant layer: {', '.join(matrix.missing)} does not vary over the samples and has no similarity"
+        text = (
+            f"dead or constant layer: {', '.join(matrix.missing)} does not vary over the samples and has no similarity"
+        )
         made.append(Caution(code="LL006", text=text, layers=matrix.missing))
     return made

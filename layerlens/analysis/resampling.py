@@ -41,9 +41,7 @@ def bootstrap(matrix: SimilarityMatrix, count: int = 200, *, seed: int = 0) -> A
     return matrix.values + drawn - cka_of(np.average(matrix.blocks, axis=0, weights=matrix.weights))
 
 
-def jackknife_error(
-    statistic: Callable[[Array], Array], matrix: SimilarityMatrix
-) -> Array:
+def jackknife_error(statistic: Callable[[Array], Array], matrix: SimilarityMatrix) -> Array:
     """Standard error of a statistic of the matrix, by leaving out one group of batches at a time.
 
     Args:

@@ -54,7 +54,9 @@ class Result:
             found = content.get("type") if isinstance(content, dict) else type(content).__name__
             raise DataError(f"this JSON holds {found!r}, not a {cls.__name__}")
         if content.get("schema") != SCHEMA:
-            raise DataError(f"{cls.__name__} has schema {content.get('schema')!r}; this layerlens reads {SCHEMA}: update it")
+            raise DataError(
+                f"{cls.__name__} has schema {content.get('schema')!r}; this layerlens reads {SCHEMA}: update it"
+            )
         names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         try:
             return cls(**{key: value for key, value in content.items() if key in names})

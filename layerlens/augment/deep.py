@@ -112,7 +112,9 @@ class DeepAugmentation:
         if callable(self.transform):
             changed = self.transform(source)
             if changed.shape != h.shape:
-                raise ShapeError(f"the transform made {tuple(changed.shape)} of {tuple(h.shape)}; it must keep the shape")
+                raise ShapeError(
+                    f"the transform made {tuple(changed.shape)} of {tuple(h.shape)}; it must keep the shape"
+                )
             return changed.detach() if self.stop_gradient else changed
         if self.transform == "pca":
             return remove_principal_components(source, self.components)

@@ -40,7 +40,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunFolderError(f"can't write {str(path)!r}: {error.strerror or error}; choose another folder with --out") from error
+        raise RunFolderError(
+            f"can't write {str(path)!r}: {error.strerror or error}; choose another folder with --out"
+        ) from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -120,10 +122,14 @@ def load_into(model: nn.Module, path: str | Path) -> dict[str, Any]:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    missing = [f"{name} is missing in the file" for name in own if name not in state and "num_batches_tracked" not in name]
+    missing = [
+        f"{name} is missing in the file" for name in own if name not in state and "num_batches_tracked" not in name
+    ]
     extra = [f"{name} is only in the file" for name in state if name not in own]
     if problems := [*wrong, *missing, *extra]:
-        raise CheckpointError(f"{str(path)!r} is of another architecture: {'; '.join(problems[:3])} ({len(problems)} in all)")
+        raise CheckpointError(
+            f"{str(path)!r} is of another architecture: {'; '.join(problems[:3])} ({len(problems)} in all)"
+        )
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise CheckpointError(f"{str(path)!r} holds NaN or infinity in {', '.join(bad[:3])}; use an earlier checkpoint")
@@ -157,5 +163,3 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -120,5 +121,6 @@ def _explain(error: ValidationError) -> str:
         owner: type[BaseModel] = {"augment": AugmentConfig, "views": ViewsConfig}.get(str(first["loc"][0]), RunConfig)
         return f"unknown setting {where!r}; {closest(where.rpartition('.')[2], owner.model_fields)}"
     if first["type"] == "literal_error":
-        return f"{where}={first['input']!r} is unknown; allowed: {first['ctx']['expected']}"
+        allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return f"{where}={first['input']!r} is unknown; {closest(str(first['input']), allowed)} (allowed: {', '.join(allowed)})"
     return f"{where}={first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"

@@ -133,7 +133,9 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
     if path.exists():
         found = read_json(path)
         if not isinstance(found, dict) or found.get("run") != wanted["run"]:
-            raise RunFolderError(f"{str(folder)!r} belongs to another run ({_difference(found, wanted)}); choose another --out")
+            raise RunFolderError(
+                f"{str(folder)!r} belongs to another run ({_difference(found, wanted)}); choose another --out"
+            )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{str(folder)!r} exists and is no run folder; choose a new or empty one with --out")
@@ -164,7 +166,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunFolderError(f"another process is training in {str(folder)!r}; wait for it or choose another --out") from error
+            raise RunFolderError(
+                f"another process is training in {str(folder)!r}; wait for it or choose another --out"
+            ) from error
         yield
 
 
@@ -189,7 +193,9 @@ class _Trainer:
         self._split_training_data()
         self.steps = len(self.rows) // config.batch_size
         if not self.steps:
-            raise ConfigError(f"batch_size={config.batch_size} but only {len(self.rows)} training images; use a smaller batch")
+            raise ConfigError(
+                f"batch_size={config.batch_size} but only {len(self.rows)} training images; use a smaller batch"
+            )
         self._build()
         self.views = Views(**config.views.model_dump()) if config.views else Views()
         self.epoch, self.step, self.loss_sum, self.wall_s = 0, 0, 0.0, 0.0
@@ -355,7 +361,9 @@ class _Trainer:
         self.metrics = next((m for m in reversed(read_metrics(self.folder)) if m["epoch"] == self.epoch), {})
 
     def _finish(self) -> RunResult:
-        kept = sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/epoch-*.safetensors"))
+        kept = sorted(
+            str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/epoch-*.safetensors")
+        )
         last = read_metrics(self.folder)[-1]
         result = RunResult(
             folder=str(self.folder), run=self.config.identity(), epochs=self.epoch, loss=last["loss"], knn=last["knn"],

@@ -73,7 +73,9 @@ def load_network(
         )
     shape = _shape(metadata) or (dataset.input_shape if dataset else default_input_shape(spec))
     if dataset is not None and shape != dataset.input_shape:
-        raise CheckpointError(f"{str(checkpoint)!r} was trained on images {shape}; {dataset.name} has {dataset.input_shape}")
+        raise CheckpointError(
+            f"{str(checkpoint)!r} was trained on images {shape}; {dataset.name} has {dataset.input_shape}"
+        )
     classes = len(dataset.classes) if dataset is not None and dataset.classes else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

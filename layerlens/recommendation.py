@@ -10,6 +10,7 @@ from layerlens.analysis.regions import Region, RegionSet, find_regions, restore_
 from layerlens.analysis.results import Caution, Geometry, Result, SimilarityMatrix
 
 COLLAPSED = 1.5  # directions that carry the variance of the last layer
+NEARLY_ALL = 0.75  # share of the layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +151,23 @@ def _own_cautions(
 ) -> list[Caution]:
     made = []
     if not any(region.distinct for region in found.regions):
-        made.append(Caution(code="LL001", text="no region: no run of layers stands out from its neighbours beyond chance"))
+        made.append(
+            Caution(code="LL001", text="no region: no run of layers stands out from its neighbours beyond chance")
+        )
     if baseline is None:
         made.append(
-            Caution(code="LL007", text="no untrained twin was given: what the architecture alone makes alike is not told apart")
+            Caution(
+                code="LL007",
+                text="no untrained twin was given: what the architecture alone makes alike is not told apart",
+            )
         )
+    for region in found.regions:
+        if region.supported and len(region.layers) > NEARLY_ALL * len(cka.layers):
+            text = (
+                f"one run spans {len(region.layers)} of {len(cka.layers)} layers, so its edges say little about where inside "
+                "it to augment; try finer layers, or leave out the head"
+            )
+            made.append(Caution(code="LL009", text=text, layers=region.layers))
     last = float(cka.participation[-1])
     if last < COLLAPSED:
         text = f"collapsed embedding: {last:.2f} directions carry the variance of {cka.layers[-1]}"
