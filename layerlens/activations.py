@@ -15,6 +15,8 @@ from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover,
 from layerlens.models import head_name
 from layerlens.untouched import untouched
 
+OUTPUT = "output"
+
 
 class Consumer(Protocol):
     """What takes activations in, layer by layer, while the network runs."""
@@ -102,7 +104,9 @@ def sweep(
     """
     run = forward or run_batch
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    consumer, chosen, arrange = None, list[Layer](), _as_it_is
+    consumer: Consumer | None = None
+    chosen: list[Layer] = []
+    arrange: Callable[[Batch], Batch] = _as_it_is
     with untouched(model), torch.no_grad():
         model.eval()
         for number, raw in enumerate(loader):
@@ -147,8 +151,8 @@ class _Hand:
         for position, layer in enumerate(self.layers):
             if self.seen[position] != 1:
                 raise UnknownLayerError(
-                    f"layer {layer.name!r} ran {self.seen[position]} times in batch {self.number} but once in the first; "
-                    "choose layers that run in every pass"
+                    f"layer {layer.name!r} ran {self.seen[position]} times in batch {self.number} but once in the "
+                    "first; choose layers that run in every pass"
                 )
         self.consumer.end_batch()
 
@@ -226,8 +230,8 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
     Args:
         model: Any module; runs in eval mode.
         loader: Batches as `run_batch` takes them.
-        layer: A layer name; None means the embedding, which is what goes into the head (see `models.head_name`),
-            or the model's output where it has no head.
+        layer: A layer name, or `output` for what the model returns; None means the embedding, which is what goes
+            into the head (see `models.head_name`), or the model's output where it has no head.
 
     Returns:
         Shape (n, d), float32, in the loader's order. Feature maps (n, c, h, w) are averaged over positions.
@@ -262,15 +266,21 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
 def _keep_layer(
     stack: ExitStack, model: nn.Module, few: Batch, layer: str | None, keep: Callable[[int, Tensor], None]
 ) -> None:
-    if layer is not None:
+    if layer not in (None, OUTPUT):
         chosen = select(model, discover(model, few), [layer])
         stack.enter_context(capture(model, [chosen[0].name], keep))
         return
     example = main_tensor(few)
-    head = head_name(model, example) if example is not None else ""
-    owner = model.get_submodule(head)
+    head = head_name(model, example) if layer is None and example is not None else ""
     if head:
-        handle = owner.register_forward_pre_hook(lambda _m, args: keep(0, args[0]))
+        handle = model.get_submodule(head).register_forward_pre_hook(lambda _m, args: keep(0, args[0]))
     else:
-        handle = owner.register_forward_hook(lambda _m, _i, out: keep(0, out))
+        handle = model.register_forward_hook(lambda _m, _i, out: keep(0, _must_be_tensor(out)))
     stack.callback(handle.remove)
+
+
+def _must_be_tensor(output: Any) -> Tensor:
+    found = main_tensor(output)
+    if found is None:
+        raise ShapeError(f"the model returned a {type(output).__name__} without a tensor")
+    return found

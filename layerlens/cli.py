@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from layerlens import __version__
-from layerlens.errors import LayerlensError, RunFolderError
+from layerlens.errors import LayerlensError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 model_option = click.option(
@@ -74,7 +75,10 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
         )
     found = discover(network, torch.zeros(2, *shape))
     rows = [
-        {"index": f.index, "name": f.name, "kind": f.kind, "shape": list(f.shape), "neurons": f.neurons, "default": f.index is not None and f.index >= 0}
+        {
+            "index": f.index, "name": f.name, "kind": f.kind, "shape": list(f.shape), "neurons": f.neurons,
+            "default": f.index is not None and f.index >= 0,
+        }
         for f in found
     ]  # fmt: skip
     _show(rows, as_json, ["index", "name", "kind", "shape", "neurons", "default"])
@@ -236,8 +240,7 @@ def evaluate(
     network, _ = load_network(checkpoint, model=model, dataset=dataset)
     where = layer or embedding_name(network, dataset)
     scores = score(network.to(_device(device)), dataset, layer=layer, k=k, watch=_watch)
-    _show([{"layer": where, f"knn (k = {k})": scores["knn"], "knn (k = 10)": scores["knn10"], "probe": scores["probe"]}]
-          if not as_json else [{"layer": where, "k": k, **scores}], as_json)  # fmt: skip
+    _show([{"layer": where, "k": k, **scores}], as_json)
 
 
 @cli.command()
@@ -300,11 +303,12 @@ def _fail(text: str, code: int) -> None:
 
 def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Options over a file's settings; the four that belong to Deep Augmentation go into its table."""
-    inner = {key: given.pop(key) for key in ("transform", "rate", "fraction", "stop_gradient") if key in given}
+    names = ("transform", "rate", "fraction", "stop_gradient")
+    inner: dict[str, Any] = {key: given.pop(key) for key in names if key in given}
     if "augment_layer" in given:
         inner["layer"] = given.pop("augment_layer")
     augment = {**settings.get("augment", {}), **inner}
-    if augment and "layer" not in augment:
+    if inner and "layer" not in augment:
         raise click.UsageError(f"--{next(iter(inner)).replace('_', '-')} needs --augment-layer")
     return {**settings, **given, **({"augment": augment} if augment else {})}
 
@@ -355,29 +359,26 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-class _bar:  # noqa: N801 - used like a function
-    """A progress bar on stderr for a training run."""
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[Any], None]]:
+    """A progress bar on stderr for a training run; it begins with the first step."""
+    bars: list[Any] = []
 
-    def __init__(self, title: str) -> None:
-        self.title, self.bar = title, None
-
-    def __enter__(self) -> Callable[[Any], None]:
-        return self.advance
-
-    def advance(self, progress: Any) -> None:
-        if self.bar is None:
+    def advance(progress: Any) -> None:
+        if not bars:
             from tqdm import tqdm
 
-            self.bar = tqdm(
-                total=progress.steps, initial=progress.step - 1, desc=self.title, unit="step", file=sys.stderr
-            )
+            done = progress.step - 1
+            bars.append(tqdm(total=progress.steps, initial=done, desc=title, unit="step", file=sys.stderr))
         shown = {k: round(v, 4) for k, v in progress.metrics.items() if k in ("epoch", "loss", "knn") and v is not None}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+        bars[0].set_postfix(shown, refresh=False)
+        bars[0].update(1)
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _watch(items: Iterable[Any], title: str) -> Iterable[Any]:

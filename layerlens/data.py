@@ -76,6 +76,11 @@ class Dataset:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
         return Batches(self, images, labels, order, batch_size)
 
+    def in_order(self, split: str, batch_size: int = 512) -> Batches:
+        """All images of a split, normalised, in their own order."""
+        images, labels = self.split(split)
+        return Batches(self, images, labels, torch.arange(len(images)), batch_size)
+
 
 class Batches:
     """An iterable of (images, labels), normalised, in an order that never changes.

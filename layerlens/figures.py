@@ -110,8 +110,8 @@ def heatmaps(
         )
         for axes, (title, matrix) in zip(row[0], matrices.items(), strict=True):
             heatmap(
-                matrix, regions=(regions or {}).get(title), targets=(targets or {}).get(title, ()), title=title, ax=axes,
-                colorbar=False,
+                matrix, regions=(regions or {}).get(title), targets=(targets or {}).get(title, ()), title=title,
+                ax=axes, colorbar=False,
             )  # fmt: skip
         figure.colorbar(row[0][0].images[0], ax=list(row[0]), shrink=0.8, label="CKA")
     return figure
@@ -265,5 +265,5 @@ def _cycle() -> Iterator[str]:
 def _style() -> Iterator[None]:
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         yield

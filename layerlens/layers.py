@@ -120,7 +120,7 @@ def default_names(model: nn.Module, calls: Sequence[Layer], *, whole_stages: boo
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on what loaders yield: a tensor, a tuple whose first entry is the input, or a mapping of arguments."""
+    """Run a model on what loaders yield: a tensor, a tuple that begins with the input, or a mapping of arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):

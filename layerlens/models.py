@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, width: int = 256, depth: int = 4, classes: int = 10) -> None:
         super().__init__()
         widths = [inputs] + [width] * depth
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = pairwise(widths)
         self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairs))
         self.fc = nn.Linear(width, classes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from layerlens.analysis.cka import cka_matrix
 from layerlens.analysis.geometry import alignment, uniformity
 from layerlens.analysis.measures import effective_rank_profile
 from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
-from layerlens.augment.views import Views
+from layerlens.augment.views import Views, usual_views
 from layerlens.data import Batches, Dataset, load_data, to_unit
 from layerlens.errors import ConfigError, RunFolderError
+from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import probe_accuracy
 from layerlens.models import head_name
@@ -164,7 +164,7 @@ def measure_geometry(
     network: nn.Module, dataset: Dataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
 ) -> Geometry:
     """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image."""
-    views = views or default_views(dataset)
+    views = views or usual_views(flip=dataset.flip)
     batches = dataset.batches(
         settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
     )
@@ -175,15 +175,10 @@ def measure_geometry(
     )  # fmt: skip
 
 
-def default_views(dataset: Dataset) -> Views:
-    """SimCLR's views as a run on this data set would use them."""
-    return Views() if dataset.flip else Views(scale=0.4, flip=0.0, grey=0.0)
-
-
 def evaluate(
     network: nn.Module, dataset: Dataset, *, layer: str | None = None, k: int = 200, watch: Watch[Any] | None = None
 ) -> dict[str, float]:
-    """Offline test accuracy of frozen features: weighted k-NN (k and 10) and linear probe.
+    """Offline test accuracy: weighted k-NN (k and 10) and linear probe on frozen features, and the classifier's own.
 
     Args:
         network: Left as it was.
@@ -193,7 +188,7 @@ def evaluate(
         watch: For a progress bar.
 
     Returns:
-        `knn`, `knn10` and `probe` in [0, 1].
+        `knn`, `knn10`, `probe`, and `top1` if the network ends in a linear layer with one output per class; in [0, 1].
 
     Raises:
         ConfigError: The data have no labels.
@@ -201,16 +196,18 @@ def evaluate(
     if dataset.y_train is None or dataset.y_test is None:
         raise ConfigError(f"{dataset.name} has no labels; k-NN and linear probe need y_train and y_test")
     see = watch or _silent
-    parts = [
-        features(network, see(Batches(dataset, x, None, torch.arange(len(x)), 512), f"features {name}"), layer)
-        for name, x in (("train", dataset.x_train), ("test", dataset.x_test))
-    ]
-    bank, queries = parts
+    bank, queries = (
+        features(network, see(dataset.in_order(split), f"features {split}"), layer) for split in ("train", "test")
+    )
     scores = {
         name: knn_accuracy(bank, dataset.y_train, queries, dataset.y_test, k=count)
         for name, count in (("knn", k), ("knn10", 10))
     }
-    return {**scores, "probe": probe_accuracy(bank, dataset.y_train, queries, dataset.y_test)}
+    scores["probe"] = probe_accuracy(bank, dataset.y_train, queries, dataset.y_test)
+    if _classifies(network, dataset):
+        batches = see(dataset.in_order("test"), "classifier")
+        scores["top1"] = classifier_accuracy(network, batches, dataset.y_test)
+    return scores
 
 
 def analyze_checkpoint(
@@ -338,18 +335,9 @@ def demo(
     return analyze_run(run, dataset=dataset, settings=Settings(samples=360, batch_size=36), watch=watch)
 
 
-def discard_demo(folder: str | Path) -> None:
-    """Remove an earlier demo's run, so that the next one starts anew; nothing else is touched."""
-    run = Path(folder) / "run"
-    if run.exists():
-        if read_run_config(run).model != DEMO.model:
-            raise RunFolderError(f"{str(run)!r} is not a demo run; choose another --out")
-        shutil.rmtree(run)
-
-
 def embedding_name(network: nn.Module, dataset: Dataset) -> str:
     """What `features` means by the embedding of a network, in words."""
-    head = head_name(network, torch.zeros(2, *dataset.input_shape))
+    head = head_name(network, torch.zeros(2, *dataset.input_shape, device=_device(network)))
     return f"input of {head}" if head else "output"
 
 
@@ -364,6 +352,16 @@ class _Viewed:
         for rows in self.batches.order.tensor_split(len(self.batches)):
             images = to_unit(self.batches.images[rows])
             yield self.batches.dataset.normalize(self.views(images, generator))
+
+
+def _classifies(network: nn.Module, dataset: Dataset) -> bool:
+    """Whether the network ends in a linear classifier for this data set's classes."""
+    head = network.get_submodule(head_name(network, torch.zeros(2, *dataset.input_shape, device=_device(network))))
+    return isinstance(head, nn.Linear) and head.out_features == len(dataset.classes)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def _scores(paths: Iterable[Path], dataset: Dataset, model: str | None, see: Watch[Any]) -> dict[str, dict[str, float]]:

@@ -135,7 +135,8 @@ def _targets(regions: Sequence[Region], layers: Sequence[str]) -> list[Target]:
             "twin": region.twin.value if region.twin else None, "gain": region.gain.value if region.gain else None,
         }  # fmt: skip
         for layer, stop, edge in ((first, True, "starts"), (last, False, "ends")):
-            reason = f"the co-adapted run {first} to {last} {edge} here: {numbers} (contrast {region.contrast.value:+.2f}{twin})"
+            numbered = f"{numbers} (contrast {region.contrast.value:+.2f}{twin})"
+            reason = f"the co-adapted run {first} to {last} {edge} here: {numbered}"
             confidence = region.start_confidence if stop else region.end_confidence
             made.append(
                 Target(
@@ -164,8 +165,8 @@ def _own_cautions(
     for region in found.regions:
         if region.supported and len(region.layers) > NEARLY_ALL * len(cka.layers):
             text = (
-                f"one run spans {len(region.layers)} of {len(cka.layers)} layers, so its edges say little about where inside "
-                "it to augment; try finer layers, or leave out the head"
+                f"one run spans {len(region.layers)} of {len(cka.layers)} layers, so its edges say little about where "
+                "inside it to augment; try finer layers, or leave out the head"
             )
             made.append(Caution(code="LL009", text=text, layers=region.layers))
     last = float(cka.participation[-1])

@@ -48,7 +48,8 @@ def _draw_run(run: RunAnalysis, folder: Path) -> dict[str, Path]:
     """Every figure of one run; the SVG of each by name."""
     found = run.recommendation
     titles = ("untrained twin", run.after.label)
-    drawn = {
+    ranks = dict(zip(titles, (run.before.effective_rank, run.after.effective_rank), strict=True))
+    drawn: dict[str, tuple[Any, Any]] = {
         "similarity": (
             figures.heatmaps(
                 dict(zip(titles, (run.before.cka, run.after.cka), strict=True)),
@@ -57,10 +58,7 @@ def _draw_run(run: RunAnalysis, folder: Path) -> dict[str, Path]:
             {"untrained twin": run.before.cka, run.after.label: run.after.cka, "recommendation": found},
         ),
         "geometry": (figures.geometry_plane({run.name: run.trajectory}), list(run.trajectory)),
-        "effective_rank": (
-            figures.layer_profile(dict(zip(titles, (run.before.effective_rank, run.after.effective_rank), strict=True))),
-            {"untrained twin": run.before.effective_rank, run.after.label: run.after.effective_rank},
-        ),
+        "effective_rank": (figures.layer_profile(ranks), ranks),
         "training": (figures.training_curves({run.name: run.metrics}), run.metrics),
     }  # fmt: skip
     if any(line.get("knn") is not None for line in run.metrics):
@@ -71,7 +69,7 @@ def _draw_run(run: RunAnalysis, folder: Path) -> dict[str, Path]:
 def _draw_comparison(runs: Sequence[RunAnalysis], folder: Path) -> dict[str, Path]:
     """The figures that show several runs together."""
     matrices = {run.name: run.after.cka for run in runs}
-    drawn = {
+    drawn: dict[str, tuple[Any, Any]] = {
         "all_similarity": (
             figures.heatmaps(
                 matrices, regions={r.name: r.recommendation.regions for r in runs},

@@ -199,8 +199,8 @@ class StreamingCKA:
             names = [self.layers[i] for i in bad.nonzero().flatten().tolist()]
             more = f" (and in {len(names) - 1} layers behind it)" if len(names) > 1 else ""
             raise NonFiniteError(
-                f"NaN or infinity in the activations of layer {names[0]!r}{more} in batch {batch}, or numbers above 1e19; "
-                "check the input and the weights"
+                f"NaN or infinity in the activations of layer {names[0]!r}{more} in batch {batch}, or numbers above "
+                "1e19; check the input and the weights"
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from layerlens.analysis.resampling import bootstrap, jackknife_error
@@ -19,6 +20,7 @@ from layerlens.errors import ConfigError, ShapeError, UnknownNameError, closest
 CRITERIA = ("two-level", "modularity")
 MIN_GROUPS = 4
 CHANCE = 0.01  # that any run at all passes as distinct where there is none
+Index = npt.NDArray[np.int64]
 Run = tuple[int, int]  # first layer, one past the last
 
 
@@ -258,7 +260,7 @@ def _tally(values: Array, runs: Sequence[Run]) -> tuple[int, float]:
 
 
 def _boundary_shares(
-    matrix: SimilarityMatrix, alive: Array, runs: list[Run], criterion: str, resamples: int, seed: int
+    matrix: SimilarityMatrix, alive: Index, runs: list[Run], criterion: str, resamples: int, seed: int
 ) -> dict[int, float]:
     """Share of resampled matrices with a cut in front of each of the segmentation's runs."""
     if len(matrix.weights) < 2:
@@ -273,7 +275,7 @@ def _boundary_shares(
 
 
 def _describe(
-    matrix: SimilarityMatrix, baseline: SimilarityMatrix | None, alive: Array, run: Run, cuts: dict[int, float],
+    matrix: SimilarityMatrix, baseline: SimilarityMatrix | None, alive: Index, run: Run, cuts: dict[int, float],
     regions: int, level: float,
 ) -> Region:  # fmt: skip
     count = len(alive)
@@ -296,7 +298,7 @@ def _describe(
     )  # fmt: skip
 
 
-def _contrast(matrix: SimilarityMatrix, alive: Array, run: Run, level: float) -> tuple[Estimate, float]:
+def _contrast(matrix: SimilarityMatrix, alive: Index, run: Run, level: float) -> tuple[Estimate, float]:
     value = float(contrast(_part(matrix.values, alive), *run))
     if len(matrix.weights) < 2:
         return Estimate(value=value, low=float("nan"), high=float("nan")), float("nan")
@@ -314,7 +316,7 @@ def _above_zero(value: float, error: float, groups: int, alpha: float) -> bool:
     return groups >= MIN_GROUPS and bool(value > stats.t.ppf(1 - alpha, groups - 1) * error)
 
 
-def _part(values: Array, alive: Array) -> Array:
+def _part(values: Array, alive: Index) -> Array:
     return values[..., alive[:, None], alive[None, :]]
 
 

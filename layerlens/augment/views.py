@@ -85,6 +85,11 @@ class Views:
         return torch.where(chosen, out, images)
 
 
+def usual_views(*, flip: bool = True) -> Views:
+    """SimCLR's views; for images that must not be mirrored, such as digits, milder crops and no colour loss."""
+    return Views() if flip else Views(scale=0.4, flip=0.0, grey=0.0)
+
+
 def luma(images: Tensor) -> Tensor:
     """Grey value of each pixel (ITU-R 601), shape (n, 1, h, w)."""
     if images.shape[1] == 1:

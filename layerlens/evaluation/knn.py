@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ def knn_accuracy(
     Source:
         Wu et al. 2018, arXiv:1805.01978
 
+    >>> import torch
     >>> bank, labels = torch.eye(2), torch.tensor([0, 1])
     >>> knn_accuracy(bank, labels, torch.tensor([[0.9, 0.1]]), torch.tensor([0]), k=1)
     1.0

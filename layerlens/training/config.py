@@ -35,6 +35,7 @@ class ViewsConfig(_Strict):
     """Random views of one run; the meaning of each field is that of `Views`."""
 
     scale: float = Field(0.2, gt=0, le=1, description="smallest crop, share of the image's area")
+    ratio: float = Field(4 / 3, ge=1, description="largest aspect ratio of a crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability")
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_p: float = Field(0.8, ge=0, le=1, description="probability")
@@ -118,9 +119,11 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner: type[BaseModel] = {"augment": AugmentConfig, "views": ViewsConfig}.get(str(first["loc"][0]), RunConfig)
+        owners: dict[str, type[BaseModel]] = {"augment": AugmentConfig, "views": ViewsConfig}
+        owner = owners.get(str(first["loc"][0]), RunConfig)
         return f"unknown setting {where!r}; {closest(where.rpartition('.')[2], owner.model_fields)}"
     if first["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        return f"{where}={first['input']!r} is unknown; {closest(str(first['input']), allowed)} (allowed: {', '.join(allowed)})"
+        came = str(first["input"])
+        return f"{where}={came!r} is unknown; {closest(came, allowed)} (allowed: {', '.join(allowed)})"
     return f"{where}={first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layerlens.activations import features
 from layerlens.augment.deep import DeepAugmentation
-from layerlens.augment.views import Views
+from layerlens.augment.views import Views, usual_views
 from layerlens.data import Batches, Dataset, load_data, to_unit
 from layerlens.errors import ConfigError, NonFiniteError, RunFolderError
 from layerlens.evaluation.knn import knn_accuracy
@@ -116,7 +116,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The configuration with everything filled in that depends on the data or on files."""
     settings: dict[str, Any] = {"data_sha256": dataset.fingerprint()}
     if config.views is None:
-        settings["views"] = ViewsConfig() if dataset.flip else ViewsConfig(scale=0.4, flip=0.0, grey=0.0)
+        settings["views"] = ViewsConfig(**asdict(usual_views(flip=dataset.flip)))
     if config.init is not None:
         settings["init_sha256"] = fingerprint(config.init)
     return config.model_copy(update=settings)
@@ -299,8 +299,9 @@ class _Trainer:
     def _check(self, total: Tensor) -> None:
         if not bool(total.isfinite()):
             raise NonFiniteError(
-                f"the loss became NaN or infinite at step {self.step} of epoch {self.epoch + 1}; the last good state is kept in "
-                f"{str(self.folder)!r}. Try a lower learning_rate (it was {self.config.learning_rate:g}) or 32-bit precision"
+                f"the loss became NaN or infinite at step {self.step} of epoch {self.epoch + 1}; the last good state "
+                f"is kept in {str(self.folder)!r}. Try a lower learning_rate (it was {self.config.learning_rate:g}) or "
+                "32-bit precision"
             )
 
     def _end_epoch(self, loss: float) -> None:

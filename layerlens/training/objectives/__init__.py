@@ -1,0 +1,1 @@
+"""Losses: from a batch of outputs to one number."""
