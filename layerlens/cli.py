@@ -158,11 +158,9 @@ def analyze(
     The CKA matrix with confidence intervals, alignment, uniformity and effective rank, as JSON and figures.
     """
     from layerlens import figures
-    from layerlens.pipeline import keep_analysis
 
-    found, _ = _analysis(model, checkpoint, data, device, download, twin=False, **look)
-    folder = Path(out) if out else _beside(checkpoint, found.label)
-    keep_analysis(found, folder)
+    folder = Path(out) if out else _beside(checkpoint, model)
+    found, _ = _analysis(model, checkpoint, data, device, download, twin=False, folder=folder, **look)
     figures.save_figure(figures.heatmap(found.cka, title=found.label), folder / "similarity", found.cka)
     figures.save_figure(
         figures.layer_profile({found.label: found.effective_rank}), folder / "effective_rank", found.effective_rank
@@ -314,25 +312,34 @@ def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _analysis(
-    model: str | None, checkpoint: str | None, data: str, device: str, download: bool, *, twin: bool, **look: Any
+    model: str | None,
+    checkpoint: str | None,
+    data: str,
+    device: str,
+    download: bool,
+    *,
+    twin: bool,
+    folder: Path | None = None,
+    **look: Any,
 ) -> Any:
     from layerlens.data import load_data
     from layerlens.pipeline import Settings, analyze_checkpoint
 
     if not model and not checkpoint:
         raise click.UsageError("give --checkpoint, --model, or both")
-    settings = Settings(**look)
-    dataset = load_data(data, download=download)
+    settings, where = Settings(**look), _device(device)
     return analyze_checkpoint(
-        checkpoint, dataset, model=model, settings=settings, twin=twin, device=_device(device), watch=_watch
-    )
+        checkpoint, load_data(data, download=download), model=model, settings=settings, twin=twin, device=where,
+        folder=folder, watch=_watch,
+    )  # fmt: skip
 
 
-def _beside(checkpoint: str | None, label: str) -> Path:
-    """`RUN/analysis/CHECKPOINT` for a run's checkpoint, `analysis/CHECKPOINT` for any other."""
-    folder = Path(checkpoint).parent if checkpoint else Path()
-    run = folder.parent if folder.name == "checkpoints" and (folder.parent / "config.json").exists() else Path()
-    return run / "analysis" / label.replace("/", "_")
+def _beside(checkpoint: str | None, model: str | None) -> Path:
+    """`RUN/analysis/CHECKPOINT` for a run's checkpoint, `analysis/CHECKPOINT` or `analysis/MODEL` for any other."""
+    path = Path(checkpoint or str(model).replace("/", "_").replace(":", "_"))
+    run = path.parent.parent if path.parent.name == "checkpoints" else Path()
+    stem = path.stem if checkpoint else path.name
+    return (run if (run / "config.json").exists() else Path()) / "analysis" / stem
 
 
 def _device(name: str) -> str:
@@ -373,6 +380,8 @@ def _bar(title: str) -> Iterator[Callable[[Any], None]]:
         shown = {k: round(v, 4) for k, v in progress.metrics.items() if k in ("epoch", "loss", "knn") and v is not None}
         bars[0].set_postfix(shown, refresh=False)
         bars[0].update(1)
+        if progress.step == progress.steps:
+            bars[0].close()
 
     try:
         yield advance

@@ -218,6 +218,7 @@ def analyze_checkpoint(
     settings: Settings | None = None,
     twin: bool = True,
     device: str = "cpu",
+    folder: Path | None = None,
     watch: Watch[Any] | None = None,
 ) -> tuple[Analysis, Analysis | None]:
     """Analyse a checkpoint and, with `twin`, the same architecture freshly initialised.
@@ -229,7 +230,11 @@ def analyze_checkpoint(
         settings: What to look at.
         twin: Whether to analyse the untrained twin too.
         device: Where to run.
+        folder: Where to keep `analysis.json`; nothing is kept without it.
         watch: For a progress bar.
+
+    Raises:
+        RunFolderError: The folder holds the analysis of something else; found out before the work begins.
     """
     chosen = settings or Settings()
     network, metadata = load_network(checkpoint, model=model, dataset=dataset, seed=chosen.seed)
@@ -238,8 +243,12 @@ def analyze_checkpoint(
         "sha256": fingerprint(checkpoint) if checkpoint else None,
         "model": model or metadata.get("model"), "epoch": metadata.get("epoch"), "data": dataset.fingerprint(),
     }  # fmt: skip
+    if folder is not None:
+        _claim_analysis(folder / "analysis.json", {**facts, "settings": vars(chosen)})
     label = Path(checkpoint).stem if checkpoint else str(facts["model"])
     found = analyze(network.to(device), dataset, label=label, settings=chosen, facts=facts, watch=watch)
+    if folder is not None:
+        write_json(folder / "analysis.json", found.to_dict())
     if not twin:
         return found, None
     fresh, _ = load_network(checkpoint, model=model, dataset=dataset, untrained=True, seed=chosen.seed)
@@ -290,21 +299,6 @@ def analyze_run(
     )  # fmt: skip
     write_json(kept, made.to_dict())
     return made
-
-
-def keep_analysis(found: Analysis, folder: Path) -> None:
-    """Write `analysis.json`, unless the folder holds the analysis of something else.
-
-    Raises:
-        RunFolderError: It holds another analysis, or can't be written.
-    """
-    path = folder / "analysis.json"
-    if path.exists():
-        kept = read_json(path).get("facts", {})
-        for key in ("sha256", "model", "data", "settings"):
-            if kept.get(key) != found.facts.get(key):
-                raise RunFolderError(f"{str(folder)!r} holds an analysis with another {key}; choose another --out")
-    write_json(path, found.to_dict())
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
@@ -369,6 +363,14 @@ def _scores(paths: Iterable[Path], dataset: Dataset, model: str | None, see: Wat
         return {}
     networks = {path.stem: load_network(path, model=model, dataset=dataset)[0] for path in paths}
     return {label: evaluate(network, dataset, watch=see) for label, network in networks.items()}
+
+
+def _claim_analysis(path: Path, facts: dict[str, Any]) -> None:
+    """See that a folder has no analysis of something else."""
+    kept = read_json(path).get("facts", {}) if path.exists() else facts
+    for key in ("sha256", "model", "data", "settings"):
+        if kept.get(key) != facts[key]:
+            raise RunFolderError(f"{str(path.parent)!r} holds an analysis with other {key}; choose another --out")
 
 
 def _kept_analysis(path: Path, settings: Settings) -> RunAnalysis | None:

@@ -100,7 +100,7 @@ def resnet20() -> nn.Module:
     return build_model("resnet20-cifar")
 
 
-IMAGES = torch.zeros(2, 3, 32, 32)
+IMAGES, SMALL = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 8, 8)
 RESNET20_BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)]
 
 
@@ -108,7 +108,7 @@ RESNET20_BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in r
 
 
 def test_resnet18_has_stem_stages_pool_and_head(resnet18):
-    assert chosen(resnet18, IMAGES) == ["relu", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
+    assert chosen(resnet18, SMALL) == ["relu", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
 
 
 def test_resnet18_default_layers_are_numbered_from_the_input(resnet18):
@@ -134,13 +134,13 @@ def test_resnet18_shapes_and_neurons_are_of_one_sample(resnet18):
 
 def test_resnet18_blocks_are_its_eight_basic_blocks(resnet18):
     blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in range(2)]
-    assert chosen(resnet18, IMAGES, "blocks") == ["relu", *blocks, "avgpool", "fc"]
+    assert chosen(resnet18, SMALL, "blocks") == ["relu", *blocks, "avgpool", "fc"]
 
 
 def test_resnet20_stages_and_its_twelve_block_level_layers(resnet20):
-    assert chosen(resnet20, IMAGES) == ["relu", "layer1", "layer2", "layer3", "avgpool", "linear"]
-    assert chosen(resnet20, IMAGES, "blocks") == ["relu", *RESNET20_BLOCKS, "avgpool", "linear"]
-    assert len(chosen(resnet20, IMAGES, "blocks")) == 12
+    assert chosen(resnet20, SMALL) == ["relu", "layer1", "layer2", "layer3", "avgpool", "linear"]
+    assert chosen(resnet20, SMALL, "blocks") == ["relu", *RESNET20_BLOCKS, "avgpool", "linear"]
+    assert len(chosen(resnet20, SMALL, "blocks")) == 12
 
 
 @pytest.mark.parametrize("layers", ["auto", "blocks"])
@@ -200,7 +200,7 @@ def test_weight_shared_block_is_one_layer_per_call():
 
 def test_discover_leaves_the_model_in_train_mode_without_hooks(resnet20):
     resnet20.train()
-    discover(resnet20, IMAGES)
+    discover(resnet20, SMALL)
     assert all(module.training for module in resnet20.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in resnet20.modules())
 
@@ -253,7 +253,7 @@ def test_layers_without_a_tensor_of_samples_are_left_out():
 
 
 def test_all_is_every_layer_that_runs_but_not_the_input(resnet20):
-    found = discover(resnet20, IMAGES)
+    found = discover(resnet20, SMALL)
     assert names(select(resnet20, found, "all")) == names(found)[1:]
 
 
@@ -269,28 +269,30 @@ def test_all_is_every_layer_that_runs_but_not_the_input(resnet20):
     ],
 )
 def test_select_takes_names_globs_and_lists(resnet20, layers, expected):
-    assert chosen(resnet20, IMAGES, layers) == expected
+    assert chosen(resnet20, SMALL, layers) == expected
 
 
 def test_select_can_name_an_inner_layer_that_has_no_index(resnet20):
-    (layer,) = select(resnet20, discover(resnet20, IMAGES), "layer1.0.conv1")
+    (layer,) = select(resnet20, discover(resnet20, SMALL), "layer1.0.conv1")
     assert layer.index is None
     assert layer.kind == "Conv2d"
 
 
 def test_select_unknown_name_lists_the_closest(resnet20):
-    with pytest.raises(UnknownLayerError, match=r"no layer 'layer4' in CifarResNet; closest: layer\d.*layerlens layers"):
-        chosen(resnet20, IMAGES, "layer4")
+    with pytest.raises(
+        UnknownLayerError, match=r"no layer 'layer4' in CifarResNet; closest: layer\d.*layerlens layers"
+    ):
+        chosen(resnet20, SMALL, "layer4")
 
 
 def test_select_one_unknown_name_in_a_list_is_an_error(resnet20):
     with pytest.raises(UnknownLayerError, match="no layer 'avgpol' in CifarResNet; closest: avgpool"):
-        chosen(resnet20, IMAGES, "layer1,avgpol")
+        chosen(resnet20, SMALL, "layer1,avgpol")
 
 
 def test_select_glob_that_matches_nothing_is_an_error(resnet20):
     with pytest.raises(UnknownLayerError, match=r"no layer 'stage\*'"):
-        chosen(resnet20, IMAGES, "stage*")
+        chosen(resnet20, SMALL, "stage*")
 
 
 def test_module_that_runs_twice_is_one_layer_per_call():
@@ -328,7 +330,7 @@ class Result:
     scores: Tensor | None = None
 
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["left", "right"])
 A, B = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
 
 STRUCTURES = {

@@ -148,5 +148,5 @@ def test_geometry_refuses_embeddings_that_are_not_finite(measure, value):
         "invariance": lambda: invariance(bad, draw(6, 2, 3)),
         "diversity": lambda: diversity(torch.stack([bad, bad], 1)),
     }
-    with pytest.raises(NonFiniteError, match="NaN|infinit|finite"):
+    with pytest.raises(NonFiniteError, match=r"NaN|infinit|finite"):
         calls[measure]()

@@ -72,7 +72,7 @@ def test_a_newer_schema_is_refused():
 def test_a_missing_field_is_named():
     content = GEOMETRY.to_dict()
     del content["samples"]
-    with pytest.raises(DataError, match="this Geometry is damaged.*samples"):
+    with pytest.raises(DataError, match=r"this Geometry is damaged.*samples"):
         Geometry.from_dict(content)
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_profile_is_refused():
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", "not json"])
 def test_text_that_is_no_result_is_refused(text):
-    with pytest.raises(DataError, match="not JSON|not a Geometry"):
+    with pytest.raises(DataError, match=r"not JSON|not a Geometry"):
         Geometry.from_json(text)
 
 
@@ -113,7 +113,7 @@ def test_the_arrays_of_a_matrix_are_read_only_copies():
 
 @pytest.mark.parametrize("name", ["values", "low", "high", "participation", "blocks", "weights"])
 def test_a_shape_that_does_not_fit_the_layers_is_named(name):
-    with pytest.raises(ShapeError, match=f"(?s){name} has shape|blocks has shape"):
+    with pytest.raises(ShapeError, match=f"{name} has shape"):
         matrix(**{name: np.ones((5, 5))})
 
 

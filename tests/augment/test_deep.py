@@ -219,10 +219,14 @@ def test_stop_gradient_on_the_whole_batch_blocks_everything_below():
 def test_no_hook_survives_an_exception_and_outputs_are_as_before():
     net, x = linear_net().eval(), torch.randn(4, 2, generator=seeded())
     before = net(x)
-    with pytest.raises(KeyboardInterrupt), DeepAugmentation(["0", "1"], fraction=1.0).attached(net):
+
+    def interrupted() -> None:
         assert hooks_on(net) > 0
         net.train()(x)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), DeepAugmentation(["0", "1"], fraction=1.0).attached(net):
+        interrupted()
     assert hooks_on(net) == 0
     assert torch.equal(net.eval()(x), before)
     assert torch.equal(net.train()(x), before)

@@ -75,9 +75,7 @@ def test_views_with_everything_off_change_nothing(height: int, width: int):
 
 def test_flip_probability_1_mirrors_every_image():
     images = noise()
-    torch.testing.assert_close(
-        Views(**{**STILL, "flip": 1.0})(images, seeded()), images.flip(3), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(Views(**{**STILL, "flip": 1.0})(images, seeded()), images.flip(3), atol=1e-5, rtol=0)
 
 
 def test_flip_is_a_probability():

@@ -10,7 +10,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from layerlens.errors import ConfigError, ShapeError
+from layerlens.errors import ConfigError, NonFiniteError, ShapeError
 from layerlens.evaluation.knn import knn_accuracy
 
 
@@ -119,4 +119,12 @@ def test_k_below_1_is_refused(k: int):
 )
 def test_shapes_that_do_not_fit_are_refused(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor):
     with pytest.raises(ShapeError, match="do not fit"):
+        knn_accuracy(bank, bank_labels, queries, labels)
+
+
+@pytest.mark.parametrize("side", ["bank", "queries"])
+def test_features_that_are_not_finite_get_no_score(side: str):
+    bank, bank_labels, queries, labels = random_case(0)
+    (bank if side == "bank" else queries)[3, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN"):
         knn_accuracy(bank, bank_labels, queries, labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,15 @@ from layerlens.errors import ConfigError
 from layerlens.evaluation.probe import probe_accuracy
 from layerlens.models import build_model
 from layerlens.pipeline import evaluate
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def blobs(n: int, gap: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +71,7 @@ def test_c_weakens_the_penalty():
     train = torch.tensor([[1.0], [1.1], [-1.0], [-1.1], [-0.9]])
     labels, test, truth = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
     assert probe_accuracy(train, labels, test, truth) == 1.0
-    assert probe_accuracy(train, labels, test, truth, c=1e-6) == 0.5
+    assert probe_accuracy(train, labels, test, truth, c=1e-2) == 0.5
 
 
 def test_a_feature_that_never_changes_does_no_harm():
