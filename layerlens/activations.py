@@ -210,13 +210,13 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _first_two(batch: Batch) -> Batch:
-    """Two samples are enough to see which layers run."""
+    """A copy of two samples, enough to see which layers run; an in-place layer then can't reach the batch."""
     whole = main_tensor(batch)
     count = None if whole is None or not whole.ndim else whole.shape[0]
 
     def cut(part: Batch) -> Batch:
         if isinstance(part, Tensor):
-            return part[:2] if part.ndim and part.shape[0] == count else part
+            return part[:2].clone() if part.ndim and part.shape[0] == count else part
         if isinstance(part, Mapping):
             return {key: cut(value) for key, value in part.items()}
         return tuple(map(cut, part)) if isinstance(part, tuple | list) else part
@@ -270,7 +270,7 @@ def _keep_layer(
         chosen = select(model, discover(model, few), [layer])
         stack.enter_context(capture(model, [chosen[0].name], keep))
         return
-    example = main_tensor(few)
+    example = few if isinstance(few, Mapping) else main_tensor(few)
     head = head_name(model, example) if layer is None and example is not None else ""
     if head:
         handle = model.get_submodule(head).register_forward_pre_hook(lambda _m, args: keep(0, args[0]))

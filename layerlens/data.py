@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
 from layerlens.specs import Spec, import_factory, is_factory, parse_spec
 
+SPLITS = ("train", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,15 +51,17 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 over images, labels and normalisation, as hexadecimal digits."""
-        digest = hashlib.sha256(repr((self.mean, self.std, self.flip)).encode())
-        for part in (self.x_train, self.y_train, self.x_test, self.y_test):
+        parts = (self.x_train, self.y_train, self.x_test, self.y_test)
+        shapes = [None if part is None else (str(part.dtype), tuple(part.shape)) for part in parts]
+        digest = hashlib.sha256(repr((self.mean, self.std, self.flip, shapes)).encode())
+        for part in parts:
             digest.update(b"" if part is None else part.contiguous().numpy().data)
         return digest.hexdigest()
 
     def split(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Images and labels of `train` or `test`."""
-        if name not in ("train", "test"):
-            raise UnknownNameError(f"no split {name!r}; allowed: train, test")
+        if name not in SPLITS:
+            raise UnknownNameError(f"no split {name!r}; allowed: {', '.join(SPLITS)}")
         return (self.x_train, self.y_train) if name == "train" else (self.x_test, self.y_test)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -187,7 +191,11 @@ def _with_statistics(data: Dataset, normalize: str | None) -> Dataset:
 
 
 def _images(label: str, values: Any) -> Tensor:
-    x = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values)
+    array = _array(values)
+    if array.dtype.kind not in "uif":
+        raise DataError(f"{label} holds {array.dtype}; allowed: integers or floats")
+    wide = array.dtype.kind in "iu" and array.dtype.itemsize > 1
+    x = torch.from_numpy(array.astype(np.int64 if wide else array.dtype.newbyteorder("="), order="C"))
     if x.ndim == 3:
         x = x.unsqueeze(1)
     elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
@@ -212,12 +220,15 @@ def _images(label: str, values: Any) -> Tensor:
 def _labels(label: str, values: Any, count: int) -> Tensor | None:
     if values is None:
         return None
-    y = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values)
-    if y.shape != (count,) or y.is_floating_point() or (count and y.min() < 0):
-        raise DataError(
-            f"{label} must be {count} non-negative class indices of shape ({count},); got {tuple(y.shape)} {y.dtype}"
-        )
-    return y.long()
+    array = _array(values)
+    if array.shape != (count,) or array.dtype.kind not in "iu" or (count and array.min() < 0):
+        wanted = f"{count} non-negative class indices of shape ({count},)"
+        raise DataError(f"{label} must be {wanted}; got {array.shape} {array.dtype}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _digits(spec: Spec, download: bool) -> Dataset:
@@ -253,6 +264,10 @@ def _torchvision(spec: Spec, download: bool, kind: Callable[..., Any], **split: 
     try:
         return kind(root, download=download, **split)
     except RuntimeError as error:  # torchvision compares checksums before it reads, so nothing unknown is unpickled
+        if download:
+            raise DownloadError(
+                f"what was fetched for {spec.kind} into {root!r} is not what it should be: {error}"
+            ) from error
         raise DataError(
             f"{spec.kind} is not at {root!r} or is damaged; `--download` fetches it there, "
             f"or copy torchvision's own folder for {spec.kind} to it"
@@ -264,7 +279,9 @@ def _torchvision(spec: Spec, download: bool, kind: Callable[..., Any], **split: 
 def _imagefolder(spec: Spec, download: bool) -> Dataset:
     from torchvision import datasets, transforms
 
-    root, size = Path(spec.argument), int(spec.options.get("size", 64))
+    root, size = Path(spec.argument), spec.options.get("size", 64)
+    if not isinstance(size, int) or size < 1:
+        raise DataError(f"imagefolder with size={size!r}; allowed: pixels, a whole number from 1")
     test_name = "test" if (root / "test").is_dir() else "val"
     fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -288,11 +305,11 @@ def _imagefolder(spec: Spec, download: bool) -> Dataset:
 
 def _npz(spec: Spec, download: bool) -> Dataset:
     try:
-        with np.load(spec.argument, allow_pickle=False) as archive:
+        with open(spec.argument, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError as error:
         raise DataError(f"no file {spec.argument!r}; npz:PATH needs x_train, y_train, x_test, y_test") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{spec.argument!r} is not a plain npz archive of arrays: {error}") from error
     missing = [key for key in ("x_train", "x_test") if key not in arrays]
     if missing:

@@ -69,7 +69,8 @@ def heatmap(
         if count <= 12:
             _annotate(axes, matrix)
         for region in regions.regions if regions else ():
-            first, size = matrix.layers.index(region.layers[0]), len(region.layers)
+            first, last = (matrix.layers.index(region.layers[k]) for k in (0, -1))
+            size = last - first + 1
             line = "-" if region.supported else ":"
             frame = Rectangle((first - 0.5, first - 0.5), size, size, fill=False, ec="black", lw=1.8, ls=line)
             frame.set_clip_on(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -184,20 +184,28 @@ def replace_head(model: nn.Module, example: Tensor, head: Callable[[int], nn.Mod
     Raises:
         ShapeError: The model ends in something that is neither.
     """
-    name, width = _ending(model, example)
+    name = head_name(model, example)
     if name:
-        model.set_submodule(name, head(width))
+        old = model.get_submodule(name)
+        last = old[0] if isinstance(old, ProjectionHead) else old
+        model.set_submodule(name, head(last.in_features))  # type: ignore[arg-type]
         return model, name
+    final = _endings(model, example)[0][2]
+    if final.ndim != 2:
+        raise ShapeError(f"the model returns shape {tuple(final.shape)}; a head needs an embedding of shape (n, d)")
     wrapped = nn.Sequential()
     wrapped.add_module("backbone", model)
-    wrapped.add_module("head", head(width))
+    wrapped.add_module("head", head(final.shape[1]))
     return wrapped, "head"
 
 
-def head_name(model: nn.Module, example: Tensor) -> str:
-    """The layer whose output the model returns: its projection head or classifier; "" if it ends in an embedding."""
-    ends = [name for name, out, final in _endings(model, example) if out is final]
-    return min(ends, key=len, default="")
+def head_name(model: nn.Module, example: Tensor | Mapping[str, Any]) -> str:
+    """The layer whose output the model returns: its projection head or last linear layer; "" if there is none."""
+    for kind in (ProjectionHead, nn.Linear):
+        for name, out, final in _endings(model, example):
+            if name and out is final and isinstance(model.get_submodule(name), kind):
+                return name
+    return ""
 
 
 def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -225,19 +233,7 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     return twin
 
 
-def _ending(model: nn.Module, example: Tensor) -> tuple[str, int]:
-    for name, out, final in _endings(model, example):
-        module = model.get_submodule(name)
-        if out is final and isinstance(module, nn.Linear):
-            return name, module.in_features
-        if out is final and isinstance(module, ProjectionHead):
-            return name, module[0].in_features  # type: ignore[return-value]
-    if final.ndim != 2:
-        raise ShapeError(f"the model returns shape {tuple(final.shape)}; a head needs an embedding of shape (n, d)")
-    return "", final.shape[1]
-
-
-def _endings(model: nn.Module, example: Tensor) -> list[tuple[str, Any, Tensor]]:
+def _endings(model: nn.Module, example: Tensor | Mapping[str, Any]) -> list[tuple[str, Any, Tensor]]:
     seen: list[tuple[str, Any]] = []
     with untouched(model), torch.no_grad():
         model.eval()
@@ -247,7 +243,7 @@ def _endings(model: nn.Module, example: Tensor) -> list[tuple[str, Any, Tensor]]
             if name
         ]
         try:
-            final = model(example)
+            final = model(**example) if isinstance(example, Mapping) else model(example)
         finally:
             for handle in handles:
                 handle.remove()
@@ -259,12 +255,10 @@ def _endings(model: nn.Module, example: Tensor) -> list[tuple[str, Any, Tensor]]
 def _resnet18(shape: Shape, options: dict[str, Any]) -> nn.Module:
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    width, classes = int(options.get("width", 64)), int(options.get("classes", 10))
-    if width < 1:
-        raise ConfigError(f"width={width}; allowed: 1 or more")
+    width, classes = _count("resnet18-cifar", options, "width", 64), _count("resnet18-cifar", options, "classes", 10)
     model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
     model.inplanes = width
-    model.conv1 = nn.Conv2d(int(options.get("channels", shape[0])), width, 3, 1, 1, bias=False)
+    model.conv1 = nn.Conv2d(_count("resnet18-cifar", options, "channels", shape[0]), width, 3, 1, 1, bias=False)
     model.bn1 = nn.BatchNorm2d(width)
     model.maxpool = nn.Identity()
     for stage in range(4):
@@ -278,14 +272,22 @@ def _resnet18(shape: Shape, options: dict[str, Any]) -> nn.Module:
 
 
 def _cifar_resnet(blocks: int) -> Callable[[Shape, dict[str, Any]], nn.Module]:
+    name = f"resnet{6 * blocks + 2}-cifar"
     return lambda shape, options: CifarResNet(
-        blocks, int(options.get("classes", 10)), int(options.get("channels", shape[0]))
+        blocks, _count(name, options, "classes", 10), _count(name, options, "channels", shape[0])
     )
 
 
 def _mlp(shape: Shape, options: dict[str, Any]) -> nn.Module:
     inputs = int(torch.Size(shape).numel())
-    return MLP(inputs, **{key: int(value) for key, value in options.items()})
+    return MLP(inputs, **{key: _count("mlp", options, key, 1) for key in options})
+
+
+def _count(model: str, options: dict[str, Any], key: str, default: int) -> int:
+    value = options.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{model} with {key}={value!r}; allowed: a whole number from 1")
+    return value
 
 
 def _torchvision(spec: Spec, options: dict[str, Any], classes: int | None) -> nn.Module:
@@ -301,7 +303,7 @@ def _torchvision(spec: Spec, options: dict[str, Any], classes: int | None) -> nn
         return models.get_model(spec.argument, **options)  # type: ignore[no-any-return]
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{spec.text!r}: {error}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise DownloadError(
             f"could not fetch the weights of {spec.text!r}: {error}; download them where there is a network, "
             "then give the file with --checkpoint"

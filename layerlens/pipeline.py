@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from layerlens.activations import features
-from layerlens.analysis.cka import cka_matrix
+from layerlens.analysis.cka import ESTIMATORS, KERNELS, cka_matrix
 from layerlens.analysis.geometry import alignment, uniformity
 from layerlens.analysis.measures import effective_rank_profile
 from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
 from layerlens.augment.views import Views, usual_views
-from layerlens.data import Batches, Dataset, load_data, to_unit
-from layerlens.errors import ConfigError, RunFolderError
+from layerlens.data import SPLITS, Batches, Dataset, load_data, to_unit
+from layerlens.errors import ConfigError, RunFolderError, UnknownNameError, closest
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import probe_accuracy
@@ -60,6 +60,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.samples < 4 or self.batch_size < 4:
             raise ConfigError(f"samples={self.samples}, batch_size={self.batch_size}; allowed: 4 or more")
+        for name, value, allowed in (
+            ("kernel", self.kernel, KERNELS), ("estimator", self.estimator, ESTIMATORS), ("split", self.split, SPLITS)
+        ):  # fmt: skip
+            if value not in allowed:
+                raise UnknownNameError(
+                    f"unknown {name} {value!r}; {closest(value, allowed)} (allowed: {', '.join(allowed)})"
+                )
         if not 0 < self.level < 1:
             raise ConfigError(f"level={self.level}; allowed: between 0 and 1")
 

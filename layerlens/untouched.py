@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_Held = tuple[nn.Module, str, Tensor, Tensor]
 
 
 @contextmanager
@@ -16,25 +18,44 @@ def untouched(model: nn.Module, *, keep_buffers: bool = True) -> Iterator[nn.Mod
     """Put back what a forward pass may change, also after an exception or Ctrl-C.
 
     Restores every module's train/eval flag, every buffer (batch-norm statistics too) and the random states of
-    torch (CPU and the model's devices), NumPy and Python.
+    torch (CPU and the model's devices), NumPy and Python. PyTorch's fused transformer path, in which the inner
+    layers never run and outputs can be nested tensors, is off inside the block.
 
     Args:
         model: The model that the block will run.
         keep_buffers: False leaves the buffers as the block made them.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if keep_buffers else []
+    buffers = _buffers(model) if keep_buffers else []
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     numpy_state, python_state = np.random.get_state(), random.getstate()
+    fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             yield model
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             np.random.set_state(numpy_state)
             random.setstate(python_state)
             for module, training in modes.items():
                 module.training = training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            _put_back(buffers)
+
+
+def _buffers(model: nn.Module) -> list[_Held]:
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+
+
+def _put_back(buffers: list[_Held]) -> None:
+    """The same tensors with the same values, also where the pass put another tensor in a buffer's place."""
+    with torch.no_grad():
+        for module, name, buffer, value in buffers:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)

@@ -205,6 +205,13 @@ def test_discover_leaves_the_model_in_train_mode_without_hooks(resnet20):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in resnet20.modules())
 
 
+def test_discover_runs_in_eval_mode_so_that_one_sample_is_enough():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model(torch.zeros(1, 3))
+    assert names(discover(model, torch.zeros(1, 3))) == ["input", "0"]
+
+
 def test_discover_takes_away_its_hooks_when_forward_raises():
     model = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):

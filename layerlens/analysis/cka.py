@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from layerlens.activations import sweep
 from layerlens.analysis.resampling import cka_of, entry_intervals
 from layerlens.analysis.results import Array, SimilarityMatrix
-from layerlens.errors import BatchTooSmallError, DegenerateError, NonFiniteError, ShapeError, UnknownNameError, closest
+from layerlens.errors import (
+    BatchTooSmallError,
+    ConfigError,
+    DegenerateError,
+    NonFiniteError,
+    ShapeError,
+    UnknownNameError,
+    closest,
+)
 from layerlens.layers import Batch, Forward
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
@@ -94,7 +102,9 @@ class StreamingCKA:
         if kernel not in KERNELS:
             raise UnknownNameError(f"unknown kernel {kernel!r}; {closest(kernel, KERNELS)}")
         if not 0 < level < 1:
-            raise ShapeError(f"level={level}; allowed: between 0 and 1")
+            raise ConfigError(f"level={level}; allowed: between 0 and 1")
+        if not 0 < rbf_factor < float("inf"):
+            raise ConfigError(f"rbf_factor={rbf_factor}; allowed: above 0")
         self.layers, self.kernel, self.rbf_factor, self.level = tuple(layers), kernel, rbf_factor, level
         self.reset()
 
@@ -128,13 +138,13 @@ class StreamingCKA:
         if self._stack is None or self._stack.shape[1] != n * n or self._stack.device != activation.device:
             count, device = len(self.layers), activation.device
             self._stack = torch.empty(count, n * n, dtype=torch.float64, device=device)
-            self._spectrum = torch.empty(count, 3, dtype=torch.float64, device=device)
+            self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
         assert self._spectrum is not None
         gram, scale = centred_gram(activation)
-        spread = gram.trace()
-        self._spectrum[position] = torch.stack([spread, gram.square().sum(), scale])
+        spread, square = gram.trace(), gram.square().sum()
         if self.kernel == "rbf":
             gram = rbf_from_gram(centred_gram(activation.double())[0], self.rbf_factor)
+        self._spectrum[position] = torch.stack([spread, square, scale, gram.square().sum()])
         self._stack[position] = u_centre(gram).flatten()
 
     def end_batch(self) -> None:
@@ -175,8 +185,11 @@ class StreamingCKA:
         weights = np.array(self._sizes, dtype=np.float64)
         blocks = torch.stack([b.cpu() for b in self._blocks]).numpy()
         spectra = torch.stack([s.cpu() for s in self._spectra]).numpy()
-        spread, square, scale = np.moveaxis(spectra, -1, 0)
+        spread, square, scale, size = np.moveaxis(spectra, -1, 0)
         dead = spread.sum(0) <= CONSTANT**2 * scale.sum(0)
+        if self.estimator != "biased":  # samples all equally far apart: nothing is left after U-centring
+            n = weights[:, None]
+            dead |= (blocks.diagonal(axis1=1, axis2=2) * n * (n - 3)).sum(0) <= CONSTANT**2 * size.sum(0)
         blocks[:, dead, :] = 0.0
         blocks[:, :, dead] = 0.0
         ratio = np.divide(spread**2, square, out=np.full(spread.shape, np.nan), where=(square > 0) & ~dead)
@@ -221,7 +234,7 @@ class WholeSetCKA(StreamingCKA):
     def take(self, position: int, activation: Tensor) -> None:
         """As for streaming, and keep a copy."""
         super().take(position, activation)
-        kept = activation.detach().flatten(1)
+        kept = activation.detach().reshape(len(activation), -1)
         self._rows[position].append(kept.to("cpu", torch.promote_types(kept.dtype, torch.float32), copy=True))
 
     def merge(self, other: StreamingCKA) -> None:
@@ -263,13 +276,13 @@ def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", rbf_factor: float = 1.0
 
     Raises:
         ShapeError: Row counts differ; BatchTooSmallError below 4 rows.
-        DegenerateError: One side is constant, so that CKA is 0/0.
+        DegenerateError: One side is constant, or (debiased) its samples all equally far apart: CKA is 0/0.
         NonFiniteError: NaN or infinity.
 
     Source:
         Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 for the unbiased HSIC
 
-    >>> x = torch.eye(4)
+    >>> x = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
     >>> round(cka(x, 2 * x), 6)
     1.0
     """
@@ -280,7 +293,8 @@ def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", rbf_factor: float = 1.0
     whole.update([x, y])
     result = whole.compute()
     if result.missing:
-        raise DegenerateError(f"{' and '.join(result.missing)} constant over the {len(x)} samples; CKA is 0/0")
+        what = f"{' and '.join(result.missing)} constant over the {len(x)} samples, or these all equally far apart"
+        raise DegenerateError(f"{what}; CKA is 0/0")
     return result.between("x", "y")
 
 
@@ -298,7 +312,7 @@ def centred_gram(activation: Tensor) -> tuple[Tensor, Tensor]:
     x = activation.detach()
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
-    x = x.flatten(1)
+    x = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         half = len(x) // 2

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from layerlens.errors import ConfigError, DegenerateError, ShapeError
+from layerlens.errors import ConfigError, DegenerateError, NonFiniteError, ShapeError
 
 _ROWS = 1024
 
@@ -25,11 +25,12 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
     Raises:
         ShapeError: The shapes differ.
         DegenerateError: A row of zeros, which has no direction.
+        NonFiniteError: NaN or infinity.
 
     Source:
         Wang & Isola 2020, arXiv:2005.10242
 
-    >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    >>> round(alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])), 6)
     2.0
     """
     if x.shape != y.shape or x.ndim != 2 or not len(x):
@@ -85,7 +86,7 @@ def invariance(x: Tensor, views: Tensor) -> float:
     Source:
         Formula derived from the wording of arXiv:2310.18850
     """
-    if views.ndim != 3 or views.shape[0] != x.shape[0] or views.shape[2] != x.shape[1]:
+    if views.ndim != 3 or x.ndim != 2 or views.shape[::2] != x.shape or 0 in views.shape:
         raise ShapeError(f"invariance needs (n, d) and (n, a, d); got {tuple(x.shape)} and {tuple(views.shape)}")
     return float((_on_sphere(x).unsqueeze(1) * _on_sphere(views)).sum(-1).mean())
 
@@ -102,7 +103,7 @@ def diversity(views: Tensor) -> float:
     Source:
         Formula derived from the wording of arXiv:2310.18850
     """
-    if views.ndim != 3 or views.shape[1] < 2:
+    if views.ndim != 3 or views.shape[1] < 2 or 0 in views.shape:
         raise ShapeError(f"diversity needs at least two views, shape (n, a >= 2, d); got {tuple(views.shape)}")
     v, count = _on_sphere(views), views.shape[1]
     cosines = v @ v.transpose(1, 2)
@@ -111,6 +112,8 @@ def diversity(views: Tensor) -> float:
 
 def _on_sphere(x: Tensor) -> Tensor:
     x = x.double()
+    if not bool(x.isfinite().all()):
+        raise NonFiniteError("NaN or infinity in the embeddings; check the input and the weights")
     norms = x.norm(dim=-1, keepdim=True)
     if not bool((norms > 0).all()):
         raise DegenerateError(f"{int((norms == 0).sum())} of {norms.numel()} embeddings are zero and have no direction")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerlens.activations import sweep
 from layerlens.analysis.cka import CONSTANT, centred_gram
 from layerlens.analysis.results import LayerProfile
+from layerlens.errors import NonFiniteError
 from layerlens.layers import Batch, Forward
 
 
@@ -24,16 +25,23 @@ def effective_rank(x: Tensor) -> float:
     Returns:
         In [1, min(n - 1, d)]; NaN for a constant layer.
 
+    Raises:
+        NonFiniteError: NaN or infinity.
+
     Source:
         Roy & Vetterli 2007; RankMe (Garrido et al. 2022, arXiv:2210.02885) is the same without centring.
 
     >>> round(effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), 6)
     2.0
     """
-    gram, scale = centred_gram(x)
+    gram, scale = centred_gram(x.double())
+    if not bool(gram.isfinite().all()):
+        raise NonFiniteError("NaN or infinity in the activations; check the input and the weights")
     if gram.trace() <= CONSTANT**2 * scale:
         return float("nan")
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(gram)
+    noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
+    singular = torch.where(values > noise, values, 0.0).sqrt()
     p = singular / singular.sum()
     return float(torch.exp(torch.special.entr(p).sum()))
 
@@ -70,7 +78,10 @@ class _Ranks:
         self.current = [float("nan")] * len(layers)
 
     def take(self, position: int, activation: Tensor) -> None:
-        self.current[position] = effective_rank(activation)
+        try:
+            self.current[position] = effective_rank(activation)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {self.layers[position]!r}, batch {len(self.sizes)}: {error}") from error
         self.size = len(activation)
 
     def end_batch(self) -> None:

@@ -66,7 +66,8 @@ class Region:
         for name in ("contrast", "twin", "gain"):
             value = getattr(self, name)
             if isinstance(value, dict):
-                object.__setattr__(self, name, Estimate(**value))
+                numbers = {key: float("nan") if number is None else number for key, number in value.items()}
+                object.__setattr__(self, name, Estimate(**numbers))
 
     @property
     def supported(self) -> bool:
@@ -153,7 +154,7 @@ def find_regions(
     names = [matrix.layers[i] for i in alive]
     return RegionSet(
         layers=matrix.layers, runs=tuple(tuple(names[a:b]) for a, b in runs), regions=tuple(found), criterion=criterion,
-        resamples=resamples if len(matrix.weights) > 1 else 0, cautions=tuple(_cautions(matrix, found)),
+        resamples=resamples if len(matrix.weights) > 1 else 0, cautions=tuple(_cautions(matrix, baseline, found)),
     )  # fmt: skip
 
 
@@ -320,8 +321,11 @@ def _part(values: Array, alive: Index) -> Array:
     return values[..., alive[:, None], alive[None, :]]
 
 
-def _cautions(matrix: SimilarityMatrix, regions: Sequence[Region]) -> list[Caution]:
+def _cautions(matrix: SimilarityMatrix, baseline: SimilarityMatrix | None, regions: Sequence[Region]) -> list[Caution]:
     made = []
+    if baseline is not None and (unknown := tuple(n for n in baseline.missing if n not in matrix.missing)):
+        text = f"the untrained twin could not be compared: {', '.join(unknown)} does not vary in it over the samples"
+        made.append(Caution(code="LL007", text=text, layers=unknown))
     if len(matrix.weights) < MIN_GROUPS or matrix.samples < 128:
         made.append(
             Caution(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerlens.augment.transforms import dropout, remove_principal_components
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, UnknownNameError, closest
-from layerlens.layers import call_names, main_tensor, replace_main_tensor
+from layerlens.layers import INPUT, call_names, main_tensor, replace_main_tensor
 
 Transform = Callable[[Tensor], Tensor]
 TRANSFORMS = ("dropout", "pca")
@@ -24,7 +24,8 @@ class DeepAugmentation:
     with the block.
 
     Args:
-        layer: Layer name, or several; `name#k` for the k-th call of a module that runs often in a pass.
+        layer: Layer name, or several; `name#k` for the k-th call of a module that runs often in a pass; `input` for
+            what the model is fed.
         transform: `dropout`, `pca`, or a function from activations (n, …) to the same shape.
         rate: Dropout rate in [0, 1].
         fraction: Probability in [0, 1] that a sample is transformed, independent per sample; 0.5 in the paper.
@@ -51,7 +52,7 @@ class DeepAugmentation:
         transform: str | Transform = "dropout",
         rate: float = 0.5,
         fraction: float = 0.5,
-        stop_gradient: bool = True,
+        stop_gradient: bool = False,
         components: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -83,15 +84,19 @@ class DeepAugmentation:
         """
         if self._handles:
             raise ConfigError("this DeepAugmentation is attached already; call detach() first")
-        modules = dict(call_names(model))
+        modules = {INPUT: model, **dict(call_names(model))}
         for layer in self.layers:
             name, _, call = layer.partition("#")
             if name not in modules:
                 self.detach()
                 raise UnknownLayerError(f"no layer {layer!r} in {type(model).__name__}; {closest(name, modules)}")
-            counter = _Calls(int(call) if call else None)
-            self._handles.append(model.register_forward_pre_hook(counter.restart))
-            self._handles.append(modules[name].register_forward_hook(self._hook(counter, layer)))
+            hook = _LayerHook(self, layer, int(call) if call else None)
+            self._handles.append(model.register_forward_pre_hook(hook.restart))
+            if name == INPUT:
+                self._handles.append(model.register_forward_pre_hook(hook.on_input, with_kwargs=True))
+                continue
+            self._handles.append(modules[name].register_forward_hook(hook.on_output))
+            self._handles.append(model.register_forward_hook(hook.finish))
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -120,28 +125,42 @@ class DeepAugmentation:
             return remove_principal_components(source, self.components)
         return dropout(source, self.rate, generator=self.generator)
 
-    def _hook(self, counter: _Calls, layer: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def apply(module: nn.Module, _args: Any, output: Any) -> Any:
-            counter.count += 1
-            if not module.training:
-                return None
-            if counter.wanted is None and counter.count > 1:
-                raise UnknownLayerError(
-                    f"{layer!r} runs several times in a pass; name one call: '{layer}#1', '{layer}#2', …"
-                )
-            if counter.wanted not in (None, counter.count):
-                return None
-            found = main_tensor(output)
-            return None if found is None else replace_main_tensor(output, self.augment(found))
-
-        return apply
+    def __deepcopy__(self, _memo: object) -> DeepAugmentation:
+        """A copy of the model shares the operator: what it draws comes from one generator."""
+        return self
 
 
-class _Calls:
-    """Counts one module's calls within a pass of the whole model."""
+class _LayerHook:
+    """One layer's hooks; counts the calls of its module within a pass of the whole model."""
 
-    def __init__(self, wanted: int | None) -> None:
-        self.wanted, self.count = wanted, 0
+    def __init__(self, operator: DeepAugmentation, layer: str, wanted: int | None) -> None:
+        self.operator, self.layer, self.wanted, self.count = operator, layer, wanted, 0
 
     def restart(self, _module: nn.Module, _args: Any) -> None:
         self.count = 0
+
+    def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not module.training:
+            return None
+        if main_tensor(args) is not None:
+            return self._changed(args), kwargs
+        return args, self._changed(kwargs)
+
+    def on_output(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        self.count += 1
+        if not module.training or self.wanted not in (None, self.count):
+            return None
+        if self.wanted is None and self.count > 1:
+            raise UnknownLayerError(
+                f"{self.layer!r} runs several times in a pass; name one call: '{self.layer}#1', '{self.layer}#2', …"
+            )
+        return self._changed(output)
+
+    def finish(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if module.training and self.wanted is not None and self.count < self.wanted:
+            name = self.layer.partition("#")[0]
+            raise UnknownLayerError(f"{self.layer!r} never ran: {name!r} runs {self.count} times in a pass")
+
+    def _changed(self, output: Any) -> Any:
+        found = main_tensor(output)
+        return output if found is None else replace_main_tensor(output, self.operator.augment(found))

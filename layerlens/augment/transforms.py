@@ -52,7 +52,7 @@ def remove_principal_components(h: Tensor, components: int = 1, *, kept: int = 6
         raise ShapeError(f"per-token PCA needs activations (n, tokens, d); got {tuple(h.shape)}")
     rows = h.reshape(-1, h.shape[-1]) if per_token else h.reshape(h.shape[0], prod(h.shape[1:]))
     with torch.no_grad():
-        basis = _principal_directions(rows, kept)
+        basis = _principal_directions(rows, min(kept, len(rows) - 1, rows.shape[1]))
         basis = basis[:, :components] if components > 0 else basis[:, components:]
         mean = rows.mean(0)
     centred = rows - mean

@@ -58,10 +58,8 @@ class Views:
         area = torch.empty(n).uniform_(self.scale, 1.0, generator=generator)
         spread = torch.log(torch.tensor(self.ratio)).item()
         aspect = torch.empty(n).uniform_(-spread, spread, generator=generator).exp()
-        if self.scale >= 1:
-            aspect = torch.ones(n)
-        wide = (area * aspect * height / width).sqrt().clamp_max(1.0)
-        high = (area / aspect * width / height).sqrt().clamp_max(1.0)
+        wide = torch.minimum(torch.maximum((area * aspect * height / width).sqrt(), area), torch.ones(n))
+        high = area / wide  # shares of the image's sides: a crop keeps its area even where its aspect does not fit
         x = (torch.rand(n, generator=generator) * 2 - 1) * (1 - wide)
         y = (torch.rand(n, generator=generator) * 2 - 1) * (1 - high)
         flipped = torch.rand(n, generator=generator) < self.flip

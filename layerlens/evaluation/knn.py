@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerlens.errors import ConfigError, ShapeError
+from layerlens.errors import ConfigError, NonFiniteError, ShapeError
 
 
 def knn_accuracy(
@@ -25,6 +25,7 @@ def knn_accuracy(
     Raises:
         ShapeError: Rows and labels, or the two widths, do not fit.
         ConfigError: k below 1.
+        NonFiniteError: NaN or infinity in the features.
 
     Source:
         Wu et al. 2018, arXiv:1805.01978
@@ -37,11 +38,13 @@ def knn_accuracy(
     if k < 1:
         raise ConfigError(f"k={k}; allowed: 1 or more")
     fits = bank.ndim == queries.ndim == 2 and bank.shape[1] == queries.shape[1]
-    if not fits or len(bank) != len(bank_labels) or len(queries) != len(labels) or not len(queries):
+    if not fits or len(bank) != len(bank_labels) or len(queries) != len(labels) or not len(queries) or not len(bank):
         raise ShapeError(
             f"bank {tuple(bank.shape)} with {len(bank_labels)} labels and queries {tuple(queries.shape)} with "
             f"{len(labels)} labels do not fit"
         )
+    if not bool(bank.isfinite().all() and queries.isfinite().all()):
+        raise NonFiniteError("NaN or infinity in the features; check the checkpoint's weights and the input")
     bank, k = F.normalize(bank.float(), dim=1), min(k, len(bank))
     classes = int(max(bank_labels.max(), labels.max())) + 1
     correct = 0

@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write weights as safetensors with JSON metadata, atomically."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, save(state, {"layerlens": json.dumps(metadata, sort_keys=True)}))
 
 
@@ -106,7 +106,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{str(path)!r} holds no state dict of tensors; save `model.state_dict()`")
-    return _without_prefix({str(k): v for k, v in content.items()}), {}
+    return {str(k): v for k, v in content.items()}, {}
 
 
 def load_into(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def load_into(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """
     state, metadata = load_state(path)
     own = model.state_dict()
+    state = _without_prefix(state, own)
     wrong = [
         f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own
@@ -154,12 +155,12 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
     if not state:
         raise CheckpointError(f"{str(path)!r} holds no tensors")
-    return _without_prefix(state), metadata if isinstance(metadata, dict) else {}
+    return state, metadata if isinstance(metadata, dict) else {}
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo the prefix that DataParallel, compile or Lightning put before every name."""
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
+def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the prefixes that DataParallel, compile or Lightning put before every name, unless the model has them."""
+    for prefix in (*_PREFIXES, *_PREFIXES):
+        if not state.keys() & own.keys() and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
 
 from layerlens.errors import ConfigError, closest
 
@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AugmentConfig(_Strict):
@@ -30,6 +30,13 @@ class AugmentConfig(_Strict):
     stop_gradient: bool = False
     components: int = Field(1, ge=-6, le=6, description="principal components removed by pca")
 
+    @field_validator("components")
+    @classmethod
+    def _not_none(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("allowed: 1 to 6 (first ones) or -6 to -1 (last ones)")
+        return value
+
 
 class ViewsConfig(_Strict):
     """Random views of one run; the meaning of each field is that of `Views`."""
@@ -37,7 +44,7 @@ class ViewsConfig(_Strict):
     scale: float = Field(0.2, gt=0, le=1, description="smallest crop, share of the image's area")
     ratio: float = Field(4 / 3, ge=1, description="largest aspect ratio of a crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability")
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.4, 0.4, 0.4, 0.1)
     jitter_p: float = Field(0.8, ge=0, le=1, description="probability")
     grey: float = Field(0.2, ge=0, le=1, description="probability")
 

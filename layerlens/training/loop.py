@@ -105,11 +105,10 @@ def train(
     dataset = dataset or load_data(config.data, download=download)
     config = resolve(config, dataset)
     folder = Path(folder or f"runs/{config.objective}-{config.identity()}")
+    trainer = _Trainer(config, dataset, folder, device, progress)  # refuses what can't run before it writes anything
     claim_folder(folder, config)
     with _locked(folder):
-        if (folder / "result.json").exists():
-            return read_result(folder)
-        return _Trainer(config, dataset, folder, device, progress).run()
+        return read_result(folder) if (folder / "result.json").exists() else trainer.run()
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -137,7 +136,7 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
                 f"{str(folder)!r} belongs to another run ({_difference(found, wanted)}); choose another --out"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir())):
         raise RunFolderError(f"{str(folder)!r} exists and is no run folder; choose a new or empty one with --out")
     write_json(path, wanted)
 
@@ -152,11 +151,13 @@ def read_result(folder: Path) -> RunResult:
 
 
 def _difference(found: Any, wanted: dict[str, Any]) -> str:
-    old = found.get("config", {}) if isinstance(found, dict) else {}
+    old = found.get("config") if isinstance(found, dict) else None
+    if not isinstance(old, dict):
+        return "its configuration is unreadable"
     for key, value in wanted["config"].items():
         if key not in ("init", "data") and old.get(key) != value:
             return f"{key} is {old.get(key)!r} there and {value!r} here"
-    return "its configuration is unreadable"
+    return "its settings are the same, but another version of layerlens wrote it"
 
 
 @contextmanager
@@ -187,7 +188,10 @@ class _Trainer:
 
         if device not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device={device!r}; allowed: auto, cpu, cuda, mps")
-        self.fabric = Fabric(accelerator=device, devices=1, precision=config.precision)
+        try:
+            self.fabric = Fabric(accelerator=device, devices=1, precision=config.precision)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"device={device!r} is not available here: {error}") from error
         self.config, self.dataset, self.folder, self.progress = config, dataset, folder, progress
         self.device = self.fabric.device
         self._split_training_data()
@@ -258,6 +262,7 @@ class _Trainer:
                     Progress(step=done, steps=self.config.epochs * self.steps, epoch=self.epoch, metrics=self.metrics)
                 )
             if time.monotonic() - self.saved_at > SAVE_EVERY_S and self.step < self.steps:
+                self._check_weights()
                 self.loss_sum, self.wall_s = total.item(), self.wall_s + time.monotonic() - mark
                 mark = time.monotonic()
                 self._save()
@@ -304,9 +309,19 @@ class _Trainer:
                 "32-bit precision"
             )
 
+    def _check_weights(self) -> None:
+        """A finite loss can be followed by an update that is not."""
+        bad = [name for name, value in self.network.state_dict().items() if not bool(value.isfinite().all())]
+        if bad:
+            raise NonFiniteError(
+                f"the weights of {bad[0]!r} became NaN or infinite in epoch {max(self.epoch, 1)}; the last good state "
+                f"is kept in {str(self.folder)!r}. Try a lower learning_rate (it was {self.config.learning_rate:g})"
+            )
+
     def _end_epoch(self, loss: float) -> None:
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         last = self.epoch == self.config.epochs
+        self._check_weights()
         rate = self._learning_rate()
         due = last or self.epoch % self.config.knn_every == 0
         self.metrics = {
@@ -341,6 +356,7 @@ class _Trainer:
         state = {
             "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
             "step": self.step, "loss_sum": self.loss_sum, "wall_s": self.wall_s,
+            "precision": self.fabric.strategy.precision.state_dict(),
         }  # fmt: skip
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -355,6 +371,7 @@ class _Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.loss_sum, self.wall_s = float(state["loss_sum"]), float(state["wall_s"])
         except Exception as error:  # whatever a damaged file makes torch raise, the answer is the same

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from layerlens.analysis.cka import StreamingCKA, WholeSetCKA, centred_gram, cka, cka_matrix, rbf_from_gram
 from layerlens.errors import (
     BatchTooSmallError,
+    ConfigError,
     DataError,
     DegenerateError,
     NonFiniteError,
@@ -352,7 +353,7 @@ def test_a_constant_layer_has_no_similarity_and_is_named(constant, kernel):
 
 @pytest.mark.parametrize("estimator", ["debiased", "biased"])
 def test_cka_refuses_a_constant_side(estimator):
-    with pytest.raises(DegenerateError, match=r"x constant over the 8 samples; CKA is 0/0"):
+    with pytest.raises(DegenerateError, match=r"x constant over the 8 samples, .*; CKA is 0/0"):
         cka(torch.ones(8, 3), draw(8, 3), estimator=estimator)
 
 
@@ -384,7 +385,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(call, message):
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
 def test_a_level_outside_zero_and_one_is_refused(level):
-    with pytest.raises(ShapeError, match="level="):
+    with pytest.raises(ConfigError, match="level="):
         StreamingCKA(["x"], level=level)
 
 
