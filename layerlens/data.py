@@ -265,9 +265,7 @@ def _torchvision(spec: Spec, download: bool, kind: Callable[..., Any], **split: 
         return kind(root, download=download, **split)
     except RuntimeError as error:  # torchvision compares checksums before it reads, so nothing unknown is unpickled
         if download:
-            raise DownloadError(
-                f"what was fetched for {spec.kind} into {root!r} is not what it should be: {error}"
-            ) from error
+            raise DownloadError(f"could not fetch {spec.kind} into {root!r}: {error}") from error
         raise DataError(
             f"{spec.kind} is not at {root!r} or is damaged; `--download` fetches it there, "
             f"or copy torchvision's own folder for {spec.kind} to it"

@@ -1,0 +1,78 @@
+"""What the documentation says is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layerlens as ll
+from layerlens.cli import cli
+from layerlens.training.config import make_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ll.__all__)
+def test_every_public_name_exists_and_is_documented(name):
+    assert getattr(ll, name).__doc__
+    assert f"`ll.{name}" in DOCS["api.md"]
+
+
+def test_importing_layerlens_imports_neither_torch_nor_matplotlib():
+    code = "import sys, layerlens; assert not {'torch', 'matplotlib', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_opens_with_the_two_commands_and_ci_runs_the_second():
+    first = blocks(README, "sh")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_python_of_the_readme_runs(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    for code in blocks(README, "python"):
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_names_every_command_and_only_commands_that_exist():
+    named = set(re.findall(r"`layerlens (\w+)", README))
+    assert named == set(cli.commands)
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks(README, "sh")[2:] for line in block.replace("\\\n", "").splitlines()]
+)
+def test_the_options_in_the_readme_exist(line):
+    _, command, *words = line.split()
+    known = {option for p in cli.commands[command].params for option in (*p.opts, *p.secondary_opts)}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_settings_file_of_the_docs_is_accepted():
+    import tomllib
+
+    settings = tomllib.loads(blocks(DOCS["training.md"], "toml")[0])
+    config = make_config(settings)
+    assert set(settings) | {"init_sha256", "data_sha256"} == set(type(config).model_fields)
+
+
+def test_every_caution_that_the_code_gives_is_explained():
+    code = "".join(path.read_text() for path in (ROOT / "layerlens").rglob("*.py"))
+    given = set(re.findall(r'code="(LL\d{3})"', code))
+    assert given == set(re.findall(r"^\| (LL\d{3}) \|", DOCS["cautions.md"], flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", *DOCS])
+def test_links_and_images_lead_somewhere(name):
+    text, folder = (README, ROOT) if name == "README.md" else (DOCS[name], ROOT / "docs")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (folder / target).exists(), target
