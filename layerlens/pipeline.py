@@ -331,7 +331,7 @@ def demo(
     Interrupted, it goes on where it stopped; finished, it reads what it has. `report.write_report` shows it.
     """
     dataset = load_data(DEMO.data)
-    run = Path(folder) / "run"
+    run = Path(folder) / "simclr-digits"
     train(DEMO, run, dataset=dataset, device="cpu", progress=progress)
     return analyze_run(run, dataset=dataset, settings=Settings(samples=360, batch_size=36), watch=watch)
 

@@ -181,7 +181,8 @@ def _own_cautions(
 def _verdict(found: RegionSet, supported: Sequence[Region]) -> str:
     if supported:
         best = supported[0]
-        return f"{best.layers[0]} to {best.layers[-1]} is the strongest deep co-adapted run of {len(supported)}"
+        which = "the only co-adapted run" if len(supported) == 1 else f"the strongest deep run of {len(supported)}"
+        return f"{best.layers[0]} to {best.layers[-1]} is {which}"
     if any(region.distinct for region in found.regions):
         return "the runs that stand out do so before training as well, so training did not make them"
     if any(caution.code == "LL003" for caution in found.cautions):

@@ -21,7 +21,7 @@ def workplace(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     words = [sys.executable, "-m", "layerlens.cli", "demo"]
     first = subprocess.Popen(words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = place / "demo" / "run" / "metrics.jsonl"
+    metrics = place / "demo" / "simclr-digits" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -56,11 +56,11 @@ def test_demo_learns(workplace):
 
 
 def test_demo_keeps_the_random_initialisation(workplace):
-    assert (workplace / "demo" / "run" / "checkpoints" / "epoch-0000.safetensors").exists()
+    assert (workplace / "demo" / "simclr-digits" / "checkpoints" / "epoch-0000.safetensors").exists()
 
 
 def test_a_finished_demo_is_not_trained_again(workplace):
-    result = workplace / "demo" / "run" / "result.json"
+    result = workplace / "demo" / "simclr-digits" / "result.json"
     before = result.stat().st_mtime_ns
     words = [sys.executable, "-m", "layerlens.cli", "demo", "--json"]
     done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=True)

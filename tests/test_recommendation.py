@@ -47,7 +47,7 @@ def test_a_region_is_started_with_stop_gradient_and_ended_without_deepest_first(
     found = recommend(TRAINED, TWIN, resamples=20)
     assert places(found) == [(1, "l3", 3, True), (2, "l6", 6, False), (3, "l0", 0, True), (4, "l2", 2, False)]
     assert found.verdict == "supported"
-    assert found.reason == "l3 to l6 is the strongest deep co-adapted run of 2"
+    assert found.reason == "l3 to l6 is the strongest deep run of 2"
     assert codes(found) == []
     assert found.samples == 512
 
@@ -153,7 +153,7 @@ def test_cautions_are_in_the_order_of_their_codes():
 
 def test_printing_shows_verdict_targets_and_cautions():
     lines = str(recommend(TRAINED, resamples=20)).splitlines()
-    assert lines[0] == "supported: l3 to l6 is the strongest deep co-adapted run of 2"
+    assert lines[0] == "supported: l3 to l6 is the strongest deep run of 2"
     assert lines[1].startswith("1. l3 with stop-gradient (confidence 100%): the co-adapted run l3 to l6 starts here")
     assert lines[2].startswith("2. l6 without stop-gradient (confidence 100%)")
     assert lines[5].startswith("LL007 no untrained twin")
