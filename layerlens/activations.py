@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from layerlens.devices import device_of
 from layerlens.errors import DataError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover, main_tensor, run_batch, select
 from layerlens.models import head_name
@@ -103,7 +104,7 @@ def sweep(
         UnknownLayerError: A chosen layer that does not run, or runs more often in a later batch.
     """
     run = forward or run_batch
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     consumer: Consumer | None = None
     chosen: list[Layer] = []
     arrange: Callable[[Batch], Batch] = _as_it_is
@@ -190,7 +191,7 @@ def _first_look(
     if _channels_last(few) is not few:
         try:
             return discover(model, _channels_last(few), forward=forward), _channels_last
-        except RuntimeError:  # a `view` that needs contiguous maps; an error of another kind comes again below
+        except ShapeError:  # a `view` that needs contiguous maps; an error of another kind comes again below
             pass
     return discover(model, few, forward=forward), _as_it_is
 
@@ -245,7 +246,7 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
         pooled = activation.mean((2, 3)) if activation.ndim == 4 else activation.flatten(1)
         rows.append(pooled.detach().float().cpu().clone())
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(torch.no_grad())
@@ -268,6 +269,9 @@ def _keep_layer(
 ) -> None:
     if layer not in (None, OUTPUT):
         chosen = select(model, discover(model, few), [layer])
+        if len(chosen) != 1:
+            names = ", ".join(found.name for found in chosen)
+            raise UnknownLayerError(f"{layer!r} means {len(chosen)} layers ({names}); name one")
         stack.enter_context(capture(model, [chosen[0].name], keep))
         return
     example = few if isinstance(few, Mapping) else main_tensor(few)

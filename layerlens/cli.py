@@ -26,7 +26,7 @@ data_option = click.option(
 )
 download_option = click.option("--download", is_flag=True, help="Fetch a missing CIFAR or SVHN.")
 checkpoint_option = click.option("--checkpoint", type=click.Path(), help="A .safetensors or .pt file.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 
 def analysis_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +204,10 @@ def recommend(
 
     Each with stop-gradient or without, its reason, its confidence, and cautions.
     """
+    from layerlens.analysis.regions import check_criterion
     from layerlens.recommendation import recommend as advise
+
+    check_criterion(criterion)
 
     found, twin = _analysis(model, checkpoint, data, device, download, twin=not no_twin, **look)
     advice = advise(
@@ -230,30 +233,48 @@ def evaluate(
     Offline test accuracy with the full training split as the bank.
     """
     from layerlens.data import load_data
+    from layerlens.devices import pick_device
     from layerlens.pipeline import embedding_name
     from layerlens.pipeline import evaluate as score
     from layerlens.training.network import load_network
 
-    dataset = load_data(data, download=download)
+    where, dataset = pick_device(device), load_data(data, download=download)
     network, _ = load_network(checkpoint, model=model, dataset=dataset)
-    where = layer or embedding_name(network, dataset)
-    scores = score(network.to(_device(device)), dataset, layer=layer, k=k, watch=_watch)
-    _show([{"layer": where, "k": k, **scores}], as_json)
+    name = layer or embedding_name(network, dataset)
+    scores = score(network.to(where), dataset, layer=layer, k=k, watch=_watch)
+    _show([{"layer": name, "k": k, **scores}], as_json)
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @analysis_options
 @click.option("--model", help="Specification, where the runs' model is somebody's factory.")
+@click.option("--data", help="Where the runs' data are now, if they moved.")
+@device_option
 @click.option("--out", type=click.Path(), help="Folder; the run's own for one run, ./report for several.")
 @json_option
-def report(runs: tuple[str, ...], model: str | None, out: str | None, as_json: bool, **look: Any) -> None:
+def report(
+    runs: tuple[str, ...],
+    model: str | None,
+    data: str | None,
+    device: str,
+    out: str | None,
+    as_json: bool,
+    **look: Any,
+) -> None:
     """Write the report of one run or several."""
-    from layerlens.pipeline import Settings, analyze_run
+    from layerlens.data import load_data
+    from layerlens.devices import pick_device
+    from layerlens.pipeline import Settings, analyze_run, run_folders
     from layerlens.report import write_report
 
-    analyses = [analyze_run(run, model=model, settings=Settings(**look), watch=_watch) for run in dict.fromkeys(runs)]
-    page = write_report(analyses, out or (runs[0] if len(runs) == 1 else "report"))
+    settings, where, folders = Settings(**look), pick_device(device), run_folders(runs)
+    dataset = load_data(data) if data else None
+    analyses = [
+        analyze_run(folder, dataset=dataset, model=model, settings=settings, device=where, watch=_watch)
+        for folder in folders
+    ]
+    page = write_report(analyses, out or (runs[0] if len(folders) == 1 else "report"))
     if as_json:
         click.echo((page.parent / "report.json").read_text(encoding="utf-8"))
         return
@@ -287,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on where it stopped", 130)
+        _fail("interrupted; what is finished is kept, and the same command goes on where it stopped", 130)
     except LayerlensError as error:
         _fail(str(error), 2)
     except BrokenPipeError:  # `layerlens … | head`
@@ -301,14 +322,18 @@ def _fail(text: str, code: int) -> None:
 
 def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Options over a file's settings; the four that belong to Deep Augmentation go into its table."""
+    if not isinstance(settings.get("augment", {}), dict):
+        raise click.UsageError(f"augment={settings['augment']!r} in the file; it is a table: [augment] with layer = …")
     names = ("transform", "rate", "fraction", "stop_gradient")
     inner: dict[str, Any] = {key: given.pop(key) for key in names if key in given}
     if "augment_layer" in given:
         inner["layer"] = given.pop("augment_layer")
-    augment = {**settings.get("augment", {}), **inner}
-    if inner and "layer" not in augment:
+    if not inner:
+        return {**settings, **given}
+    augment = {**(settings.get("augment") or {}), **inner}
+    if "layer" not in augment:
         raise click.UsageError(f"--{next(iter(inner)).replace('_', '-')} needs --augment-layer")
-    return {**settings, **given, **({"augment": augment} if augment else {})}
+    return {**settings, **given, "augment": augment}
 
 
 def _analysis(
@@ -323,11 +348,12 @@ def _analysis(
     **look: Any,
 ) -> Any:
     from layerlens.data import load_data
+    from layerlens.devices import pick_device
     from layerlens.pipeline import Settings, analyze_checkpoint
 
     if not model and not checkpoint:
         raise click.UsageError("give --checkpoint, --model, or both")
-    settings, where = Settings(**look), _device(device)
+    settings, where = Settings(**look), pick_device(device)
     return analyze_checkpoint(
         checkpoint, load_data(data, download=download), model=model, settings=settings, twin=twin, device=where,
         folder=folder, watch=_watch,
@@ -340,18 +366,6 @@ def _beside(checkpoint: str | None, model: str | None) -> Path:
     run = path.parent.parent if path.parent.name == "checkpoints" else Path()
     stem = path.stem if checkpoint else path.name
     return (run if (run / "config.json").exists() else Path()) / "analysis" / stem
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise click.UsageError(f"unknown device {name!r}; allowed: auto, cpu, cuda, mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("no CUDA device is available here; use --device cpu")
-    return name
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
-from layerlens.specs import Spec, import_factory, is_factory, parse_spec
+from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 
 SPLITS = ("train", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,7 +97,9 @@ class Batches:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
+        total = len(self.order)
+        fewest = min(4, self.batch_size)  # what an unbiased HSIC needs, unless still less was asked for
+        return min(-(-total // self.batch_size), max(total // fewest, 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for rows in self.order.tensor_split(len(self)):
@@ -157,6 +159,8 @@ def dataset_from_arrays(
         _labels(f"{name}: {key}", y, len(x)) for key, y, x in (("y_train", y_train, train), ("y_test", y_test, test))
     ]
     known = [y.max().item() for y in labels if y is not None]
+    if known and max(known) >= len(train) + len(test):
+        raise DataError(f"{name}: label {int(max(known))} with {len(train) + len(test)} images; classes count from 0")
     names = (
         tuple(str(c) for c in classes)
         if classes is not None
@@ -322,7 +326,7 @@ def _npz(spec: Spec, download: bool) -> Dataset:
 
 def _from_factory(spec: Spec) -> Dataset:
     options = {key: value for key, value in spec.options.items() if key != "normalize"}
-    made = import_factory(spec)(**options)
+    made = call_factory(spec, options, SOURCES)
     if isinstance(made, Dataset):
         return made
     if isinstance(made, dict):

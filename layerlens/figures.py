@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from layerlens.analysis.regions import RegionSet
 from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
-from layerlens.errors import RunFolderError, ShapeError
+from layerlens.errors import ShapeError
+from layerlens.training.checkpoint import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,6 +131,7 @@ def geometry_plane(trajectories: Mapping[str, Sequence[Geometry]], *, ax: Axes |
     with _style():
         axes = ax or plt.subplots(figsize=(4.6, 3.8), layout="constrained")[1]
         for (label, points), colour in zip(trajectories.items(), _cycle(), strict=False):
+            points = [p for p in points if np.isfinite(p.uniformity)]
             x, y = [p.uniformity for p in points], [p.alignment for p in points]
             axes.plot(x, y, "o", ms=4, color=colour, label=label)
             for k in range(len(x) - 1):
@@ -210,31 +212,20 @@ def save_figure(
     import matplotlib.pyplot as plt
 
     figure: Any = getattr(drawn, "figure", drawn)
-    stem = Path(stem)
+    stem, stamps = Path(stem), {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     content = source.to_dict() if isinstance(source, Result) else _by_label(source)
     written = []
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
-            for ending in formats:
-                path = stem.with_name(f"{stem.name}.{ending}")
-                stamp = (
-                    {"Software": None}
-                    if ending == "png"
-                    else {"CreationDate": None}
-                    if ending == "pdf"
-                    else {"Date": None}
-                )
-                figure.savefig(path, metadata=stamp)
-                written.append(path)
-        path = stem.with_name(f"{stem.name}.json")
-        path.write_text(json.dumps(content, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(
-            f"can't write {str(stem)!r}: {error.strerror or error}; choose another folder with --out"
-        ) from error
+        for ending in formats:
+            path, drawing = stem.with_name(f"{stem.name}.{ending}"), io.BytesIO()
+            with _style():
+                figure.savefig(drawing, format=ending, metadata=stamps[ending])
+            write_atomically(path, drawing.getvalue())
+            written.append(path)
     finally:
         plt.close(figure)
+    path = stem.with_name(f"{stem.name}.json")
+    write_json(path, content)
     return [*written, path]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlens.errors import ShapeError, UnknownLayerError, closest
-from layerlens.untouched import untouched
+from layerlens.untouched import trial_run, untouched
 
 INPUT = "input"
 Batch = Any
@@ -170,7 +170,8 @@ def _trace(model: nn.Module, batch: Batch, forward: Forward) -> list[Layer]:
             for name, module in call_names(model)
         ]
         try:
-            forward(model, batch)
+            with trial_run(main_tensor(batch) if isinstance(batch, tuple | list) else batch):
+                forward(model, batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerlens.devices import device_of
 from layerlens.errors import ConfigError, DownloadError, ShapeError, UnknownNameError, closest
-from layerlens.specs import Spec, import_factory, is_factory, parse_spec
-from layerlens.untouched import untouched
+from layerlens.specs import Spec, call_factory, is_factory, parse_spec
+from layerlens.untouched import seed_everything, trial_run, untouched
 
 Shape = tuple[int, ...]
+Example = Tensor | Mapping[str, Any]
 
 
 class ProjectionHead(nn.Sequential):
@@ -149,7 +151,7 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
     if parsed.kind == "torchvision":
         return _torchvision(parsed, options, classes)
     if is_factory(parsed):
-        made = import_factory(parsed)(**options)
+        made = call_factory(parsed, options, [*FAMILIES, "torchvision"])
         if not isinstance(made, nn.Module):
             raise ConfigError(f"{spec!r} must return a torch.nn.Module; it returned {type(made).__name__}")
         return made
@@ -190,20 +192,23 @@ def replace_head(model: nn.Module, example: Tensor, head: Callable[[int], nn.Mod
         last = old[0] if isinstance(old, ProjectionHead) else old
         model.set_submodule(name, head(last.in_features))  # type: ignore[arg-type]
         return model, name
-    final = _endings(model, example)[0][2]
-    if final.ndim != 2:
-        raise ShapeError(f"the model returns shape {tuple(final.shape)}; a head needs an embedding of shape (n, d)")
+    final = _endings(model, example)[1]
+    if not isinstance(final, Tensor) or final.ndim != 2:
+        what = f"shape {tuple(final.shape)}" if isinstance(final, Tensor) else f"a {type(final).__name__}"
+        raise ShapeError(f"the model returns {what}; training needs one tensor, an embedding of shape (n, d)")
     wrapped = nn.Sequential()
     wrapped.add_module("backbone", model)
     wrapped.add_module("head", head(final.shape[1]))
     return wrapped, "head"
 
 
-def head_name(model: nn.Module, example: Tensor | Mapping[str, Any]) -> str:
+def head_name(model: nn.Module, example: Example) -> str:
     """The layer whose output the model returns: its projection head or last linear layer; "" if there is none."""
+    seen, final = _endings(model, example)
+    ends = [name for name, out in seen if out is final]
     for kind in (ProjectionHead, nn.Linear):
-        for name, out, final in _endings(model, example):
-            if name and out is final and isinstance(model.get_submodule(name), kind):
+        for name in ends:
+            if isinstance(model.get_submodule(name), kind):
                 return name
     return ""
 
@@ -211,8 +216,9 @@ def head_name(model: nn.Module, example: Tensor | Mapping[str, Any]) -> str:
 def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of the model with fresh weights: the twin that shows what the architecture alone does.
 
-    Every module with a `reset_parameters` is drawn anew by it, children before parents; the draw is seeded and
-    leaves the global generators as they were.
+    Every module with a `reset_parameters` is drawn anew by it, children before parents, and torchvision's ResNets as
+    their constructor does; the draw is seeded and leaves the global generators as they were. Where another
+    architecture's constructor draws weights of its own, call it for the twin instead.
 
     Raises:
         ConfigError: A module holds parameters of its own but has no `reset_parameters`. Build the twin by
@@ -220,7 +226,7 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """
     twin = copy.deepcopy(model)
     with untouched(twin, keep_buffers=False):
-        torch.manual_seed(seed)
+        seed_everything(seed, device_of(twin))
         for name, module in reversed(list(twin.named_modules())):
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if callable(reset):
@@ -230,10 +236,13 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
                     f"{name or 'the model'} ({type(module).__name__}) has parameters but no reset_parameters(); "
                     "build the untrained twin with your own constructor"
                 )
+            if type(module).__name__ == "ResNet" and type(module).__module__.startswith("torchvision."):
+                _draw_resnet(module)
     return twin
 
 
-def _endings(model: nn.Module, example: Tensor | Mapping[str, Any]) -> list[tuple[str, Any, Tensor]]:
+def _endings(model: nn.Module, example: Example) -> tuple[list[tuple[str, Any]], Any]:
+    """Every submodule's output by name, in the order in which they finish, and the model's."""
     seen: list[tuple[str, Any]] = []
     with untouched(model), torch.no_grad():
         model.eval()
@@ -243,13 +252,12 @@ def _endings(model: nn.Module, example: Tensor | Mapping[str, Any]) -> list[tupl
             if name
         ]
         try:
-            final = model(**example) if isinstance(example, Mapping) else model(example)
+            with trial_run(example):
+                final = model(**example) if isinstance(example, Mapping) else model(example)
         finally:
             for handle in handles:
                 handle.remove()
-    if not isinstance(final, Tensor):
-        raise ShapeError(f"the model returns a {type(final).__name__}; training needs one tensor of shape (n, d)")
-    return [(name, out, final) for name, out in seen] or [("", final, final)]
+    return seen, final
 
 
 def _resnet18(shape: Shape, options: dict[str, Any]) -> nn.Module:
@@ -265,10 +273,15 @@ def _resnet18(shape: Shape, options: dict[str, Any]) -> nn.Module:
         made = model._make_layer(BasicBlock, width * 2**stage, 2, stride=1 if stage == 0 else 2)
         setattr(model, f"layer{stage + 1}", made)
     model.fc = nn.Linear(8 * width, classes)
+    _draw_resnet(model)
+    return model
+
+
+def _draw_resnet(model: nn.Module) -> None:
+    """Convolutions as torchvision's ResNet draws them."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
 
 
 def _cifar_resnet(blocks: int) -> Callable[[Shape, dict[str, Any]], nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from layerlens.analysis.measures import effective_rank_profile
 from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
 from layerlens.augment.views import Views, usual_views
 from layerlens.data import SPLITS, Batches, Dataset, load_data, to_unit
-from layerlens.errors import ConfigError, RunFolderError, UnknownNameError, closest
+from layerlens.devices import device_of
+from layerlens.errors import ConfigError, DegenerateError, RunFolderError, UnknownNameError, closest
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import probe_accuracy
@@ -67,6 +68,8 @@ class Settings:
                 raise UnknownNameError(
                     f"unknown {name} {value!r}; {closest(value, allowed)} (allowed: {', '.join(allowed)})"
                 )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}; allowed: 0 to 2**63 - 1")
         if not 0 < self.level < 1:
             raise ConfigError(f"level={self.level}; allowed: between 0 and 1")
 
@@ -163,23 +166,27 @@ def analyze(
     rank = effective_rank_profile(network, see(batches, f"rank {label}"), chosen.layers, level=chosen.level)
     return Analysis(
         label=label, cka=matrix, effective_rank=rank, geometry=measure_geometry(network, dataset, chosen),
-        facts={**(facts or {}), "settings": vars(chosen), "environment": provenance()},
+        facts={**(facts or {}), "settings": vars(chosen), "environment": provenance(device_of(network))},
     )  # fmt: skip
 
 
 def measure_geometry(
     network: nn.Module, dataset: Dataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
 ) -> Geometry:
-    """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image."""
+    """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image.
+
+    Both are NaN where an embedding is zero: a network that far collapsed is a finding, not an error.
+    """
     views = views or usual_views(flip=dataset.flip)
     batches = dataset.batches(
         settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
     )
     first, second = (features(network, _Viewed(batches, views, (settings.seed, side))) for side in (0, 1))
-    return Geometry(
-        alignment=alignment(first, second), uniformity=uniformity(first), samples=len(first), split=settings.split,
-        epoch=epoch,
-    )  # fmt: skip
+    try:
+        numbers = alignment(first, second), uniformity(first)
+    except DegenerateError:
+        numbers = float("nan"), float("nan")
+    return Geometry(alignment=numbers[0], uniformity=numbers[1], samples=len(first), split=settings.split, epoch=epoch)
 
 
 def evaluate(
@@ -200,6 +207,8 @@ def evaluate(
     Raises:
         ConfigError: The data have no labels.
     """
+    if k < 1:
+        raise ConfigError(f"k={k}; allowed: 1 or more")
     if dataset.y_train is None or dataset.y_test is None:
         raise ConfigError(f"{dataset.name} has no labels; k-NN and linear probe need y_train and y_test")
     see = watch or _silent
@@ -224,7 +233,7 @@ def analyze_checkpoint(
     model: str | None = None,
     settings: Settings | None = None,
     twin: bool = True,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     folder: Path | None = None,
     watch: Watch[Any] | None = None,
 ) -> tuple[Analysis, Analysis | None]:
@@ -271,6 +280,7 @@ def analyze_run(
     dataset: Dataset | None = None,
     model: str | None = None,
     settings: Settings | None = None,
+    device: str | torch.device = "cpu",
     watch: Watch[Any] | None = None,
 ) -> RunAnalysis:
     """Analyse a finished run: before and after, geometry at every checkpoint, scores, recommendation.
@@ -281,11 +291,11 @@ def analyze_run(
         RunFolderError: No finished run there.
         DataError: The data are no longer where the run found them.
     """
-    folder, chosen, see = Path(folder), settings or Settings(), watch or _silent
+    folder, chosen, see = Path(folder).resolve(), settings or Settings(), watch or _silent
     config = read_run_config(folder)
     kept = folder / "analysis" / "run.json"
     if kept.exists() and (found := _kept_analysis(kept, chosen)) is not None:
-        return found
+        return replace(found, name=folder.name)
     result = read_result(folder)
     dataset = dataset or load_data(config.data)
     if dataset.fingerprint() != config.data_sha256:
@@ -294,18 +304,34 @@ def analyze_run(
     trajectory = []
     for path in see(paths, "geometry"):
         network, metadata = load_network(path, model=model, dataset=dataset)
+        network = network.to(device)
         views = Views(**config.views.model_dump()) if config.views else None
         trajectory.append(measure_geometry(network, dataset, chosen, epoch=metadata.get("epoch"), views=views))
-    after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, watch=see)
+    after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, device=device, watch=see)
     assert twin is not None
     made = RunAnalysis(
         name=folder.name, config=config.model_dump(mode="json"), metrics=read_metrics(folder), before=twin, after=after,
-        trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), dataset, model, see),
+        trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), dataset, model, device, see),
         recommendation=recommend(after.cka, twin.cka, geometry=trajectory[-1], level=chosen.level, seed=chosen.seed),
         settings=vars(chosen),
     )  # fmt: skip
     write_json(kept, made.to_dict())
     return made
+
+
+def run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """Run folders, each once, all with names of their own.
+
+    Raises:
+        RunFolderError: One is no run folder, or two have the same name.
+    """
+    folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    for folder in folders:
+        read_run_config(folder)
+    names = [folder.name for folder in folders]
+    if len(set(names)) != len(names):
+        raise RunFolderError(f"runs in one report need different folder names; got {names}. Rename one")
+    return folders
 
 
 def read_run_config(folder: str | Path) -> RunConfig:
@@ -338,7 +364,7 @@ def demo(
 
 def embedding_name(network: nn.Module, dataset: Dataset) -> str:
     """What `features` means by the embedding of a network, in words."""
-    head = head_name(network, torch.zeros(2, *dataset.input_shape, device=_device(network)))
+    head = head_name(network, torch.zeros(2, *dataset.input_shape, device=device_of(network)))
     return f"input of {head}" if head else "output"
 
 
@@ -357,24 +383,24 @@ class _Viewed:
 
 def _classifies(network: nn.Module, dataset: Dataset) -> bool:
     """Whether the network ends in a linear classifier for this data set's classes."""
-    head = network.get_submodule(head_name(network, torch.zeros(2, *dataset.input_shape, device=_device(network))))
+    head = network.get_submodule(head_name(network, torch.zeros(2, *dataset.input_shape, device=device_of(network))))
     return isinstance(head, nn.Linear) and head.out_features == len(dataset.classes)
 
 
-def _device(network: nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
-
-
-def _scores(paths: Iterable[Path], dataset: Dataset, model: str | None, see: Watch[Any]) -> dict[str, dict[str, float]]:
+def _scores(
+    paths: Iterable[Path], dataset: Dataset, model: str | None, device: str | torch.device, see: Watch[Any]
+) -> dict[str, dict[str, float]]:
     if dataset.y_train is None or dataset.y_test is None:
         return {}
     networks = {path.stem: load_network(path, model=model, dataset=dataset)[0] for path in paths}
-    return {label: evaluate(network, dataset, watch=see) for label, network in networks.items()}
+    return {label: evaluate(network.to(device), dataset, watch=see) for label, network in networks.items()}
 
 
 def _claim_analysis(path: Path, facts: dict[str, Any]) -> None:
     """See that a folder has no analysis of something else."""
-    kept = read_json(path).get("facts", {}) if path.exists() else facts
+    kept = read_json(path).get("facts") if path.exists() else facts
+    if not isinstance(kept, dict):
+        raise RunFolderError(f"{str(path)!r} is damaged; delete it, or choose another --out")
     for key in ("sha256", "model", "data", "settings"):
         if kept.get(key) != facts[key]:
             raise RunFolderError(f"{str(path.parent)!r} holds an analysis with other {key}; choose another --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from layerlens.analysis.regions import Region, RegionSet, find_regions, restore_cautions
 from layerlens.analysis.results import Caution, Geometry, Result, SimilarityMatrix
 
+NEAR_ZERO = -0.2  # uniformity
 COLLAPSED = 1.5  # directions that carry the variance of the last layer
 NEARLY_ALL = 0.75  # share of the layers
 
@@ -169,13 +171,22 @@ def _own_cautions(
                 "inside it to augment; try finer layers, or leave out the head"
             )
             made.append(Caution(code="LL009", text=text, layers=region.layers))
-    last = float(cka.participation[-1])
-    if last < COLLAPSED:
-        text = f"collapsed embedding: {last:.2f} directions carry the variance of {cka.layers[-1]}"
-        made.append(Caution(code="LL005", text=text, layers=(cka.layers[-1],)))
-    elif geometry is not None and geometry.uniformity > -0.2:
-        made.append(Caution(code="LL005", text=f"collapsed embedding: uniformity {geometry.uniformity:.2f}, near 0"))
+    if (collapse := _collapse(cka, geometry)) is not None:
+        made.append(Caution(code="LL005", text=f"collapsed embedding: {collapse}", layers=(cka.layers[-1],)))
     return made
+
+
+def _collapse(cka: SimilarityMatrix, geometry: Geometry | None) -> str | None:
+    """What shows that the embedding has collapsed: its uniformity where it is known, else the last layer's spread."""
+    if geometry is not None and math.isnan(geometry.uniformity):
+        return "some embeddings are zero and have no direction"
+    if geometry is not None:
+        near = geometry.uniformity > NEAR_ZERO
+        return f"uniformity {geometry.uniformity:.2f}, near 0" if near else None
+    last = float(cka.participation[-1])
+    if not last < COLLAPSED:
+        return None
+    return f"{last:.2f} directions carry the variance of {cka.layers[-1]} (as they do in a classifier of two classes)"
 
 
 def _verdict(found: RegionSet, supported: Sequence[Region]) -> str:
@@ -186,5 +197,5 @@ def _verdict(found: RegionSet, supported: Sequence[Region]) -> str:
     if any(region.distinct for region in found.regions):
         return "the runs that stand out do so before training as well, so training did not make them"
     if any(caution.code == "LL003" for caution in found.cautions):
-        return "there are too few batches to tell a region from chance"
+        return "there are too few images or batches to tell a region from chance"
     return "no run of layers stands out from its neighbours beyond chance"

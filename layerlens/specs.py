@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from layerlens.errors import ConfigError, UnknownNameError, closest
+from layerlens.errors import ConfigError, LayerlensError, UnknownNameError, closest
 
 _OPTION = re.compile(r",([A-Za-z_]\w*)=([^,]*)$")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -52,17 +52,36 @@ def is_factory(spec: Spec) -> bool:
     return bool(_FACTORY.fullmatch(f"{spec.kind}:{spec.argument}"))
 
 
-def import_factory(spec: Spec) -> Callable[..., Any]:
-    """Import the callable behind `pkg.module:factory`. Runs that module: only for names the user typed."""
+def call_factory(spec: Spec, options: dict[str, Any], known: Iterable[str] = ()) -> Any:
+    """Import the callable behind `pkg.module:factory` and call it. Runs that module: only for names the user typed.
+
+    Args:
+        spec: The parsed specification.
+        options: Keyword arguments.
+        known: Kinds that may have been meant instead.
+
+    Raises:
+        UnknownNameError: No such module or callable.
+        ConfigError: The module or the call failed.
+    """
     try:
         module = importlib.import_module(spec.kind)
     except ModuleNotFoundError as error:
-        raise UnknownNameError(f"can't import {spec.kind!r} for {spec.text!r}: {error}") from error
+        raise UnknownNameError(
+            f"can't import {spec.kind!r} for {spec.text!r}: {error}; {closest(spec.kind, known)}"
+        ) from error
+    except Exception as error:  # whatever that module raises
+        raise ConfigError(f"importing {spec.kind!r} failed: {type(error).__name__}: {error}") from error
     factory = getattr(module, spec.argument, None)
     if not callable(factory):
         public = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         raise UnknownNameError(f"{spec.kind} has no callable {spec.argument!r}; {closest(spec.argument, public)}")
-    return factory  # type: ignore[no-any-return]
+    try:
+        return factory(**options)
+    except LayerlensError:
+        raise
+    except Exception as error:  # whatever that function raises
+        raise ConfigError(f"{spec.text!r} failed: {type(error).__name__}: {error}") from error
 
 
 def _literal(text: str) -> Any:

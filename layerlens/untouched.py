@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from layerlens.errors import LayerlensError, ShapeError
 
 _Held = tuple[nn.Module, str, Tensor, Tensor]
 
@@ -59,3 +62,24 @@ def _put_back(buffers: list[_Held]) -> None:
                 setattr(module, name, buffer)
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed the generators that work on a device draws from: the CPU's, and the device's own; no other device's."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def trial_run(batch: Any) -> Iterator[None]:
+    """Turn what a model raises on its first small batch into one clear line."""
+    try:
+        yield
+    except LayerlensError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        shape = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"of type {type(batch).__name__}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ShapeError(f"the model can't run a batch {shape}: {reason}") from error

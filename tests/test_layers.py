@@ -214,7 +214,7 @@ def test_discover_runs_in_eval_mode_so_that_one_sample_is_enough():
 
 def test_discover_takes_away_its_hooks_when_forward_raises():
     model = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(ShapeError, match="mat1 and mat2"):
         discover(model, torch.zeros(2, 4))
     assert not model[0]._forward_hooks
     assert model[0].training

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerlens.errors import ConfigError, LayerlensError, UnknownNameError, closest
-from layerlens.specs import import_factory, is_factory, parse_spec
+from layerlens.specs import call_factory, is_factory, parse_spec
 
 
 @pytest.mark.parametrize(
@@ -67,31 +67,39 @@ def test_is_factory_refuses_everything_else(text):
     assert not is_factory(parse_spec(text))
 
 
-def test_import_factory_returns_the_callable(tmp_path, monkeypatch):
-    (tmp_path / "specs_ok.py").write_text("def make():\n    return 41\n")
+def test_call_factory_passes_the_options(tmp_path, monkeypatch):
+    (tmp_path / "specs_ok.py").write_text("def make(size):\n    return size + 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert import_factory(parse_spec("specs_ok:make"))() == 41
+    assert call_factory(parse_spec("specs_ok:make"), {"size": 40}) == 41
 
 
-def test_import_factory_names_a_module_that_is_not_there():
+def test_call_factory_names_a_module_that_is_not_there():
     with pytest.raises(UnknownNameError, match=r"can't import 'no_such_module_42' for 'no_such_module_42:make'"):
-        import_factory(parse_spec("no_such_module_42:make"))
+        call_factory(parse_spec("no_such_module_42:make"), {})
 
 
-def test_import_factory_names_the_closest_callable(tmp_path, monkeypatch):
+def test_call_factory_names_the_closest_callable(tmp_path, monkeypatch):
     (tmp_path / "specs_near.py").write_text("NUMBER = 1\ndef make_model():\n    return 41\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnknownNameError, match=r"specs_near has no callable 'make_mdel'; closest: make_model"):
-        import_factory(parse_spec("specs_near:make_mdel"))
+        call_factory(parse_spec("specs_near:make_mdel"), {})
     with pytest.raises(UnknownNameError, match="no callable 'NUMBER'"):
-        import_factory(parse_spec("specs_near:NUMBER"))
+        call_factory(parse_spec("specs_near:NUMBER"), {})
 
 
-def test_import_factory_lets_the_modules_own_error_through(tmp_path, monkeypatch):
+def test_call_factory_tells_what_failed(tmp_path, monkeypatch):
     (tmp_path / "specs_broken.py").write_text("1 / 0\n")
+    (tmp_path / "specs_picky.py").write_text("def make(size):\n    return size\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ZeroDivisionError):
-        import_factory(parse_spec("specs_broken:make"))
+    with pytest.raises(ConfigError, match="importing 'specs_broken' failed: ZeroDivisionError"):
+        call_factory(parse_spec("specs_broken:make"), {})
+    with pytest.raises(ConfigError, match="'specs_picky:make' failed: TypeError: .*unexpected keyword argument 'siz'"):
+        call_factory(parse_spec("specs_picky:make"), {"siz": 3})
+
+
+def test_a_typo_before_the_colon_gets_the_closest_kinds():
+    with pytest.raises(UnknownNameError, match="closest: cifar1"):
+        call_factory(parse_spec("cifar11:data"), {}, ["cifar10", "cifar100", "digits"])
 
 
 def test_closest_falls_back_to_what_is_allowed():

@@ -21,6 +21,7 @@ from layerlens.errors import (
     closest,
 )
 from layerlens.layers import Batch, Forward
+from layerlens.precision import full_precision
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
 KERNELS = ("linear", "rbf")
@@ -135,7 +136,7 @@ class StreamingCKA:
                 f"batch {len(self._sizes)} has {n} samples; unbiased HSIC needs at least 4: "
                 "use a larger batch, or drop_last=True in the loader"
             )
-        if self._stack is None or self._stack.shape[1] != n * n or self._stack.device != activation.device:
+        if self._stack is None or self._stack.shape[1] != n * n:
             count, device = len(self.layers), activation.device
             self._stack = torch.empty(count, n * n, dtype=torch.float64, device=device)
             self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
@@ -144,7 +145,8 @@ class StreamingCKA:
         spread, square = gram.trace(), gram.square().sum()
         if self.kernel == "rbf":
             gram = rbf_from_gram(centred_gram(activation.double())[0], self.rbf_factor)
-        self._spectrum[position] = torch.stack([spread, square, scale, gram.square().sum()])
+        numbers = torch.stack([spread, square, scale, gram.square().sum()])
+        self._spectrum[position] = numbers.to(self._stack.device)  # a model may be split over devices
         self._stack[position] = u_centre(gram).flatten()
 
     def end_batch(self) -> None:
@@ -313,7 +315,7 @@ def centred_gram(activation: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     x = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         half = len(x) // 2
         top, corner = x.new_zeros(half, len(x)), x.new_zeros(len(x) - half, len(x) - half)

@@ -140,8 +140,7 @@ def find_regions(
         ShapeError: The two matrices have different layers.
         UnknownNameError: An unknown criterion.
     """
-    if criterion not in CRITERIA:
-        raise UnknownNameError(f"unknown criterion {criterion!r}; {closest(criterion, CRITERIA)}")
+    check_criterion(criterion)
     if resamples < 1:
         raise ConfigError(f"resamples={resamples}; allowed: 1 or more")
     if baseline is not None and baseline.layers != matrix.layers:
@@ -156,6 +155,12 @@ def find_regions(
         layers=matrix.layers, runs=tuple(tuple(names[a:b]) for a, b in runs), regions=tuple(found), criterion=criterion,
         resamples=resamples if len(matrix.weights) > 1 else 0, cautions=tuple(_cautions(matrix, baseline, found)),
     )  # fmt: skip
+
+
+def check_criterion(criterion: str) -> None:
+    """Refuse a criterion that does not exist."""
+    if criterion not in CRITERIA:
+        raise UnknownNameError(f"unknown criterion {criterion!r}; {closest(criterion, CRITERIA)}")
 
 
 def segment(values: Array, *, criterion: str = "two-level") -> list[Run]:

@@ -147,8 +147,9 @@ class Geometry(Result):
     """Where positive pairs and all embeddings lie on the unit sphere.
 
     Attributes:
-        alignment: Mean squared distance of positive pairs, in [0, 4]; lower is better.
-        uniformity: Log of the mean Gaussian potential of all pairs, in [-8, 0]; lower is better.
+        alignment: Mean squared distance of positive pairs, in [0, 4]; lower is better. NaN where embeddings are
+            zero and have no direction.
+        uniformity: Log of the mean Gaussian potential of all pairs, in [-8, 0]; lower is better. NaN likewise.
         samples: Images, each seen as two random views.
         split: `train` or `test`.
         epoch: Of the checkpoint; None if unknown.
@@ -159,6 +160,11 @@ class Geometry(Result):
     samples: int
     split: str
     epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("alignment", "uniformity"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, float("nan") if value is None else float(value))
 
     def to_frame(self) -> Any:
         """One row (a pandas DataFrame)."""

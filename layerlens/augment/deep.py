@@ -107,7 +107,8 @@ class DeepAugmentation:
         """Apply the operator to one batch of activations, shape (n, …)."""
         if self.fraction == 0:
             return h
-        draw = torch.rand(h.shape[0], device=h.device, generator=self.generator)
+        place = h.device if self.generator is None else self.generator.device
+        draw = torch.rand(h.shape[0], device=place, generator=self.generator).to(h.device)
         mask = (draw <= self.fraction).view(-1, *[1] * (h.ndim - 1))
         changed = self._transformed(h)
         return torch.where(mask, changed, h)
@@ -135,6 +136,7 @@ class _LayerHook:
 
     def __init__(self, operator: DeepAugmentation, layer: str, wanted: int | None) -> None:
         self.operator, self.layer, self.wanted, self.count = operator, layer, wanted, 0
+        self.ran = False
 
     def restart(self, _module: nn.Module, _args: Any) -> None:
         self.count = 0
@@ -157,9 +159,12 @@ class _LayerHook:
         return self._changed(output)
 
     def finish(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module.training and self.wanted is not None and self.count < self.wanted:
-            name = self.layer.partition("#")[0]
-            raise UnknownLayerError(f"{self.layer!r} never ran: {name!r} runs {self.count} times in a pass")
+        """The first training pass must reach the layer; later ones may leave it out (stochastic depth)."""
+        if module.training and not self.ran:
+            if self.count < (self.wanted or 1):
+                name = self.layer.partition("#")[0]
+                raise UnknownLayerError(f"{self.layer!r} never ran: {name!r} runs {self.count} times in a pass")
+            self.ran = True
 
     def _changed(self, output: Any) -> Any:
         found = main_tensor(output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerlens.errors import ConfigError, ShapeError
+from layerlens.precision import full_precision
 
 
 def dropout(h: Tensor, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
@@ -23,7 +24,7 @@ def dropout(h: Tensor, rate: float, *, generator: torch.Generator | None = None)
     """
     if generator is None:
         return torch.nn.functional.dropout(h, rate, training=True)
-    keep = torch.rand(h.shape, generator=generator, device=h.device) >= rate
+    keep = torch.rand(h.shape, generator=generator, device=generator.device).to(h.device) >= rate
     return h * keep / (1 - rate) if rate < 1 else torch.zeros_like(h)
 
 
@@ -51,7 +52,7 @@ def remove_principal_components(h: Tensor, components: int = 1, *, kept: int = 6
     if per_token and h.ndim != 3:
         raise ShapeError(f"per-token PCA needs activations (n, tokens, d); got {tuple(h.shape)}")
     rows = h.reshape(-1, h.shape[-1]) if per_token else h.reshape(h.shape[0], prod(h.shape[1:]))
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(h.device):
         basis = _principal_directions(rows, min(kept, len(rows) - 1, rows.shape[1]))
         basis = basis[:, :components] if components > 0 else basis[:, components:]
         mean = rows.mean(0)

@@ -54,18 +54,21 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON that layerlens wrote.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that layerlens wrote.
 
     Raises:
         RunFolderError: Missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunFolderError(f"can't read {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
         raise RunFolderError(f"{str(path)!r} is damaged ({error}); delete it to have it made again") from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{str(path)!r} is damaged (it holds no object); delete it to have it made again")
+    return content
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:

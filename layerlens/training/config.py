@@ -59,7 +59,7 @@ class RunConfig(_Strict):
     objective: Literal["simclr", "supervised"] = "simclr"
     model: str = "resnet18-cifar"
     data: str = "digits"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     epochs: int = Field(100, ge=1, description="passes over the training split")
     batch_size: int = Field(256, ge=4, description="images per step; a contrastive step sees twice as many views")
     learning_rate: float | None = Field(None, gt=0, description="per step, at its peak")

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from layerlens.activations import features
 from layerlens.augment.deep import DeepAugmentation
 from layerlens.augment.views import Views, usual_views
 from layerlens.data import Batches, Dataset, load_data, to_unit
+from layerlens.devices import pick_device
 from layerlens.errors import ConfigError, NonFiniteError, RunFolderError
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.layers import discover, select
@@ -34,6 +35,7 @@ from layerlens.training.checkpoint import (
 from layerlens.training.config import SCHEMA, RunConfig, ViewsConfig
 from layerlens.training.network import build_network, head_of
 from layerlens.training.objectives.simclr import nt_xent
+from layerlens.untouched import seed_everything
 
 SAVE_EVERY_S = 60.0
 
@@ -93,7 +95,7 @@ def train(
         folder: Where to; `runs/<objective>-<identity>` by default.
         dataset: The data, if already loaded.
         download: Let the data set be fetched.
-        device: `auto`, `cpu`, `cuda` or `mps`.
+        device: `auto`, `cpu` or `cuda`.
         progress: Called after each step.
 
     Raises:
@@ -105,9 +107,13 @@ def train(
     dataset = dataset or load_data(config.data, download=download)
     config = resolve(config, dataset)
     folder = Path(folder or f"runs/{config.objective}-{config.identity()}")
+    if (folder / "result.json").exists():
+        claim_folder(folder, config)
+        return read_result(folder)
     trainer = _Trainer(config, dataset, folder, device, progress)  # refuses what can't run before it writes anything
     claim_folder(folder, config)
     with _locked(folder):
+        claim_folder(folder, config)  # another process may have claimed it at the same moment
         return read_result(folder) if (folder / "result.json").exists() else trainer.run()
 
 
@@ -145,9 +151,12 @@ def read_result(folder: Path) -> RunResult:
     """The result of a finished run."""
     content = read_json(folder / "result.json")
     try:
-        return RunResult(**{**content, "folder": str(folder), "checkpoints": tuple(content["checkpoints"])})
+        made = RunResult(**{**content, "folder": str(folder), "checkpoints": tuple(content["checkpoints"])})
     except (TypeError, KeyError) as error:
         raise RunFolderError(f"{str(folder / 'result.json')!r} is damaged; delete it and run again") from error
+    if not made.checkpoints or not all((folder / str(name)).is_file() for name in made.checkpoints):
+        raise RunFolderError(f"{str(folder)!r} lacks checkpoints that its result.json names; train in a new folder")
+    return made
 
 
 def _difference(found: Any, wanted: dict[str, Any]) -> str:
@@ -163,13 +172,16 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as stream:
+    with ExitStack() as stack:
         try:
+            stream = stack.enter_context((folder / ".lock").open("w"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunFolderError(
                 f"another process is training in {str(folder)!r}; wait for it or choose another --out"
             ) from error
+        except OSError as error:
+            raise RunFolderError(f"can't write in {str(folder)!r}: {error.strerror}; choose another --out") from error
         yield
 
 
@@ -186,12 +198,7 @@ class _Trainer:
     ) -> None:
         from lightning_fabric import Fabric
 
-        if device not in ("auto", "cpu", "cuda", "mps"):
-            raise ConfigError(f"device={device!r}; allowed: auto, cpu, cuda, mps")
-        try:
-            self.fabric = Fabric(accelerator=device, devices=1, precision=config.precision)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"device={device!r} is not available here: {error}") from error
+        self.fabric = Fabric(accelerator=pick_device(device).type, devices=1, precision=config.precision)
         self.config, self.dataset, self.folder, self.progress = config, dataset, folder, progress
         self.device = self.fabric.device
         self._split_training_data()
@@ -203,7 +210,8 @@ class _Trainer:
         self._build()
         self.views = Views(**config.views.model_dump()) if config.views else Views()
         self.epoch, self.step, self.loss_sum, self.wall_s = 0, 0, 0.0, 0.0
-        self.metrics: dict[str, float | int | None] = {}
+        self.rate = 0.0  # learning rate of the last step
+        self.metrics: dict[str, Any] = {}
 
     def _split_training_data(self) -> None:
         total = len(self.dataset.x_train)
@@ -224,6 +232,8 @@ class _Trainer:
             load_into(network, config.init)
         if config.augment is not None:
             select(network, discover(network, torch.zeros(2, *self.dataset.input_shape)), [config.augment.layer])
+            with DeepAugmentation(**config.augment.model_dump()).attached(network):
+                pass
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
             network.parameters(), lr=config.learning_rate or 0.0, momentum=config.momentum,
@@ -248,11 +258,11 @@ class _Trainer:
     def _run_epoch(self) -> None:
         order = self.rows[torch.randperm(len(self.rows), generator=_generator(self.config.seed, "order", self.epoch))]
         self.network.train()
-        total = torch.tensor(self.loss_sum, dtype=torch.float64)
+        total = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.device)
         mark = time.monotonic()
         while self.step < self.steps:
             rows = order[self.step * self.config.batch_size :][: self.config.batch_size]
-            total = total + self._train_step(rows.to(self.device)).double().to(total.device)
+            total += self._train_step(rows.to(self.device))
             self.step += 1
             if self.device.type == "cpu" or self.step == self.steps:
                 self._check(total)
@@ -271,9 +281,10 @@ class _Trainer:
 
     def _train_step(self, rows: Tensor) -> Tensor:
         draws = _generator(self.config.seed, "views", self.epoch, self.step)
-        torch.manual_seed(_seed(self.config.seed, "model", self.epoch, self.step))
+        seed_everything(_seed(self.config.seed, "model", self.epoch, self.step), self.device)
+        self.rate = self._learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self.rate
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(to_unit(self.images[rows]), rows, draws)
         self.fabric.backward(loss)
@@ -314,18 +325,18 @@ class _Trainer:
         bad = [name for name, value in self.network.state_dict().items() if not bool(value.isfinite().all())]
         if bad:
             raise NonFiniteError(
-                f"the weights of {bad[0]!r} became NaN or infinite in epoch {max(self.epoch, 1)}; the last good state "
-                f"is kept in {str(self.folder)!r}. Try a lower learning_rate (it was {self.config.learning_rate:g})"
+                f"the weights of {bad[0]!r} became NaN or infinite in epoch {self.epoch + (self.step > 0)}; the last "
+                f"good state is kept in {str(self.folder)!r}. Try a lower learning_rate than "
+                f"{self.config.learning_rate:g}"
             )
 
     def _end_epoch(self, loss: float) -> None:
         self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
         last = self.epoch == self.config.epochs
         self._check_weights()
-        rate = self._learning_rate()
         due = last or self.epoch % self.config.knn_every == 0
         self.metrics = {
-            "epoch": self.epoch, "loss": loss, "learning_rate": rate,
+            "epoch": self.epoch, "loss": loss, "learning_rate": self.rate,
             "knn": self._online_knn() if due else None, "wall_s": round(self.wall_s, 3),
         }  # fmt: skip
         if last or self.epoch % self.config.keep_every == 0:
@@ -356,7 +367,7 @@ class _Trainer:
         state = {
             "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
             "step": self.step, "loss_sum": self.loss_sum, "wall_s": self.wall_s,
-            "precision": self.fabric.strategy.precision.state_dict(),
+            "rate": self.rate, "precision": self.fabric.strategy.precision.state_dict(),
         }  # fmt: skip
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -374,6 +385,7 @@ class _Trainer:
             self.fabric.strategy.precision.load_state_dict(state["precision"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.loss_sum, self.wall_s = float(state["loss_sum"]), float(state["wall_s"])
+            self.rate = float(state["rate"])
         except Exception as error:  # whatever a damaged file makes torch raise, the answer is the same
             raise RunFolderError(f"{str(path)!r} is damaged; delete it to start this run from the beginning") from error
         self.metrics = next((m for m in reversed(read_metrics(self.folder)) if m["epoch"] == self.epoch), {})
@@ -382,7 +394,9 @@ class _Trainer:
         kept = sorted(
             str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/epoch-*.safetensors")
         )
-        last = read_metrics(self.folder)[-1]
+        last = self.metrics
+        if last.get("epoch") != self.epoch:
+            raise RunFolderError(f"{str(self.folder / 'metrics.jsonl')!r} lacks the last epoch; train in a new folder")
         result = RunResult(
             folder=str(self.folder), run=self.config.identity(), epochs=self.epoch, loss=last["loss"], knn=last["knn"],
             wall_s=round(self.wall_s, 3), checkpoints=tuple(kept), environment=provenance(self.device),
@@ -402,9 +416,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise RunFolderError(f"{str(path)!r} is damaged: {error}") from error
+    if not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) and "loss" in line for line in lines):
+        raise RunFolderError(f"{str(path)!r} is damaged: a line without epoch and loss; train in a new folder")
+    return lines
 
 
 def _write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
     if config.objective == "supervised" and dataset.y_train is None:
         raise ConfigError(f"supervised training needs labels; {dataset.name} has none. Use --objective simclr")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         return _assemble(config.model, dataset.input_shape, head_of(config, dataset))
 
 
@@ -78,7 +78,7 @@ def load_network(
         )
     classes = len(dataset.classes) if dataset is not None and dataset.classes else None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = _assemble(spec, shape, _head(metadata), classes)
     if checkpoint is not None and not untrained:
         load_into(network, checkpoint)
