@@ -296,7 +296,7 @@ def analyze_run(
     kept = folder / "analysis" / "run.json"
     if kept.exists() and (found := _kept_analysis(kept, chosen)) is not None:
         return replace(found, name=folder.name)
-    result = read_result(folder)
+    result, metrics = read_result(folder), read_metrics(folder)
     dataset = dataset or load_data(config.data)
     if dataset.fingerprint() != config.data_sha256:
         raise RunFolderError(f"{str(folder)!r} was trained on other contents of {config.data!r} than are there now")
@@ -310,7 +310,7 @@ def analyze_run(
     after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, device=device, watch=see)
     assert twin is not None
     made = RunAnalysis(
-        name=folder.name, config=config.model_dump(mode="json"), metrics=read_metrics(folder), before=twin, after=after,
+        name=folder.name, config=config.model_dump(mode="json"), metrics=metrics, before=twin, after=after,
         trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), dataset, model, device, see),
         recommendation=recommend(after.cka, twin.cka, geometry=trajectory[-1], level=chosen.level, seed=chosen.seed),
         settings=vars(chosen),

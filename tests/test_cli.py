@@ -20,6 +20,7 @@ def run(capsys, *words, code=0):
     out, err = capsys.readouterr()
     assert left == code, err
     if code == 2:
+        err = err.split("\r")[-1]  # what a terminal still shows once the bars are gone
         assert err.startswith("layerlens: ")
         assert err.count("\n") == 1
         assert "Traceback" not in err
@@ -213,6 +214,12 @@ MISTAKES = {
         "use a smaller batch",
     ),
     "batch too small": (["analyze", "--model", "mlp", "--data", "digits", "--batch-size", "3"], "4 or more"),
+    "a negative seed": (["recommend", "--model", "mlp", "--data", "digits", "--seed", "-1"], "allowed: 0 to"),
+    "a huge seed": (["train", "--data", "digits", "--seed", "9" * 30], "seed="),
+    "unknown criterion": (["recommend", "--model", "mlp", "--data", "digits", "--criterion", "mod"], "modularity"),
+    "images of another shape": (["recommend", "--model", "resnet20-cifar,channels=3", "--data", "digits"], "can't run"),
+    "a kind of data with a typo": (["train", "--data", "cifar11:data"], "closest: cifar1"),
+    "a pattern of several layers": (["train", "--augment-layer", "layer*", "--data", "digits"], "no layer 'layer*'"),
     "wrong shape text": (["layers", "mlp", "--input-shape", "3x32"], "such as 3,32,32"),
 }
 
@@ -221,6 +228,50 @@ MISTAKES = {
 def test_a_mistake_is_one_clear_line_and_exit_code_2(case, capsys, tmp_path):
     words, expected = MISTAKES[case]
     assert expected in run(capsys, *(word.replace("{tmp}", str(tmp_path)) for word in words), code=2)
+
+
+def test_an_augment_table_that_is_no_table_is_refused(capsys, tmp_path):
+    (tmp_path / "run.toml").write_text('augment = "layer4"\n')
+    assert "[augment]" in run(capsys, "train", "--config", tmp_path / "run.toml", "--rate", ".5", code=2)
+    assert "augment" in run(capsys, "train", "--config", tmp_path / "run.toml", code=2)
+
+
+def test_a_pattern_that_means_several_layers_gets_no_score(capsys, images, trained):
+    checkpoint = trained / "checkpoints" / "epoch-0002.safetensors"
+    words = ["--checkpoint", checkpoint, "--data", f"npz:{images}", "--layer", "layer?", "--device", "cpu"]
+    assert "means 3 layers (layer1, layer2, layer3); name one" in run(capsys, "evaluate", *words, code=2)
+
+
+def test_a_dead_network_is_a_finding_and_no_error(capsys, images, tmp_path):
+    from layerlens import build_model
+
+    dead = build_model("mlp,width=4,depth=2,classes=4", input_shape=(1, 8, 8))
+    with torch.no_grad():
+        dead.blocks[1][0].weight.zero_()
+        dead.blocks[1][0].bias.fill_(-1.0)
+    torch.save(dead.state_dict(), tmp_path / "dead.pt")
+    words = ["--model", "mlp,width=4,depth=2", "--checkpoint", tmp_path / "dead.pt", "--data", f"npz:{images}"]
+    found = json.loads(run(capsys, "recommend", *words, "--batch-size", 6, "--json"))
+    codes = {caution["code"] for caution in found["cautions"]}
+    assert {"LL005", "LL006"} <= codes
+    assert found["verdict"] == "no supported choice"
+
+
+def test_a_report_of_two_runs_of_one_name_is_refused_before_the_work(capsys, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / trained.name)
+    assert "different folder names" in run(capsys, "report", trained, tmp_path / trained.name, code=2)
+
+
+def test_damaged_run_files_are_one_clear_line(capsys, trained, tmp_path):
+    import shutil
+
+    for name, content in (("metrics.jsonl", "{}"), ("metrics.jsonl", "1"), ("result.json", "[]"), ("config.json", "3")):
+        folder = tmp_path / f"{name}-{len(content)}-{content.strip('{}[]')}"
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("analysis"))
+        (folder / name).write_text(content)
+        assert "is damaged" in run(capsys, "report", folder, "--batch-size", 6, code=2)
 
 
 def test_a_checkpoint_of_another_architecture_names_the_first_keys(capsys, tmp_path):

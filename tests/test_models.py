@@ -327,7 +327,10 @@ def test_replace_head_goes_behind_a_model_that_ends_in_an_embedding(model):
 
 def test_replace_head_refuses_maps():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(ShapeError, match=r"the model returns shape \(2, 4, 6, 6\); a head needs .* shape \(n, d\)"):
+    with pytest.raises(
+        ShapeError,
+        match=r"the model returns shape \(2, 4, 6, 6\); training needs one tensor",
+    ):
         replace_head(model, images(), ProjectionHead)
 
 
@@ -445,3 +448,12 @@ def test_a_failed_twin_leaves_the_generator_alone():
     with pytest.raises(ConfigError, match="own constructor"):
         reinitialized(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("spec", ["resnet18-cifar,width=16", "torchvision:resnet18"])
+def test_the_twin_of_a_torchvision_resnet_is_drawn_as_its_constructor_draws(spec):
+    fresh = build_model(spec)
+    twin = reinitialized(fresh)
+    for name, weight in fresh.named_parameters():
+        if weight.ndim == 4:
+            assert twin.get_parameter(name).std().item() == pytest.approx(weight.std().item(), rel=0.1), name

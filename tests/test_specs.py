@@ -93,7 +93,7 @@ def test_call_factory_tells_what_failed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="importing 'specs_broken' failed: ZeroDivisionError"):
         call_factory(parse_spec("specs_broken:make"), {})
-    with pytest.raises(ConfigError, match="'specs_picky:make' failed: TypeError: .*unexpected keyword argument 'siz'"):
+    with pytest.raises(ConfigError, match=r"'specs_picky:make' failed: TypeError: .*unexpected keyword argument 'siz'"):
         call_factory(parse_spec("specs_picky:make"), {"siz": 3})
 
 

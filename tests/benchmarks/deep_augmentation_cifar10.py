@@ -101,6 +101,7 @@ def main() -> None:
         "untrained": untrained, "simclr": before, "arms": table, "recommendation": advice.to_dict(),
         "environment": provenance(),
     }  # fmt: skip
+    (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "deep_augmentation_cifar10.json").write_text(json.dumps(result, indent=1) + "\n")
     regions: dict[str, RegionSet] = {"SimCLR": advice.regions}
     drawn = heatmaps({"untrained": twin.cka, "SimCLR": found.cka}, regions=regions, targets={"SimCLR": advice.targets})
