@@ -24,7 +24,8 @@ pytestmark = pytest.mark.benchmark
 RESULTS = Path(__file__).parent / "results" / "streaming_cka.json"
 REPEATS = 7
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from layerlens import build_model, cka_matrix
 images, similarity = int(sys.argv[1]), sys.argv[2] == "cka"
 torch.manual_seed(0)
@@ -36,7 +37,8 @@ else:
     with torch.no_grad():
         for batch in loader:
             model(batch)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's peak before exec
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 """
 
 
@@ -89,7 +91,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_samples():
         )
         return float(done.stdout)
 
-    above = {images: round(peak(images, "cka") - peak(images, "forward"), 1) for images in (512, 1024, 4096)}
+    above = {images: round(peak(images, "cka") - peak(images, "forward"), 1) for images in (512, 1024, 2048)}
     record(peak_memory_above_forward_mib=above)
     print(f"\npeak memory above the forward pass (MiB) by images: {above}")
-    assert abs(above[4096] - above[512]) < 40  # allocator noise; the activations alone of 3,584 images are over 5 GiB
+    assert abs(above[2048] - above[512]) < 64  # allocator noise; the captured activations of 1,536 images are 1.8 GiB
