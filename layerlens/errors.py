@@ -57,6 +57,19 @@ class DownloadError(LayerlensError, ValueError):
     """Weights or data that could not be fetched."""
 
 
+def check_known(kind: str, name: str, allowed: Iterable[str]) -> None:
+    """Refuse a name that is not among the allowed ones; the message says which are, the closest first.
+
+    Raises:
+        UnknownNameError: It is none of them.
+    """
+    names = list(allowed)
+    if name in names:
+        return
+    hint, everything = closest(name, names), f"allowed: {', '.join(names)}"
+    raise UnknownNameError(f"unknown {kind} {name!r}; {hint}" + ("" if hint == everything else f" ({everything})"))
+
+
 def closest(name: str, allowed: Iterable[str], count: int = 3) -> str:
     """The allowed names nearest to `name`, as the tail of an error message.
 

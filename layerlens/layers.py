@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerlens.errors import ShapeError, UnknownLayerError, closest
-from layerlens.untouched import trial_run, untouched
+from layerlens.untouched import observed, trial_run
 
 INPUT = "input"
 Batch = Any
@@ -163,18 +162,8 @@ def _trace(model: nn.Module, batch: Batch, forward: Forward) -> list[Layer]:
         if out is not None and out.ndim:
             seen.append(Layer(name=name, kind=type(module).__name__, shape=tuple(out.shape[1:])))
 
-    with untouched(model), torch.no_grad():
-        model.eval()
-        handles = [
-            module.register_forward_hook(lambda m, _i, out, name=name: note(name, m, out))
-            for name, module in call_names(model)
-        ]
-        try:
-            with trial_run(main_tensor(batch) if isinstance(batch, tuple | list) else batch):
-                forward(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with observed(model, note), trial_run(main_tensor(batch) if isinstance(batch, tuple | list) else batch):
+        forward(model, batch)
     total, count = Counter(call.name for call in seen), Counter[str]()
     calls = []
     for call in seen:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerlens.devices import device_of
 from layerlens.errors import ConfigError, DownloadError, ShapeError, UnknownNameError, closest
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
-from layerlens.untouched import seed_everything, trial_run, untouched
+from layerlens.untouched import observed, seed_everything, trial_run, untouched
 
 Shape = tuple[int, ...]
 Example = Tensor | Mapping[str, Any]
@@ -244,19 +244,8 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
 def _endings(model: nn.Module, example: Example) -> tuple[list[tuple[str, Any]], Any]:
     """Every submodule's output by name, in the order in which they finish, and the model's."""
     seen: list[tuple[str, Any]] = []
-    with untouched(model), torch.no_grad():
-        model.eval()
-        handles = [
-            module.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, out)))
-            for name, module in model.named_modules()
-            if name
-        ]
-        try:
-            with trial_run(example):
-                final = model(**example) if isinstance(example, Mapping) else model(example)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with observed(model, lambda name, _m, out: seen.append((name, out))), trial_run(example):
+        final = model(**example) if isinstance(example, Mapping) else model(example)
     return seen, final
 
 

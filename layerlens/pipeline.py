@@ -18,7 +18,7 @@ from layerlens.analysis.results import Geometry, LayerProfile, Result, Similarit
 from layerlens.augment.views import Views, usual_views
 from layerlens.data import SPLITS, Batches, Dataset, load_data, to_unit
 from layerlens.devices import device_of
-from layerlens.errors import ConfigError, DegenerateError, RunFolderError, UnknownNameError, closest
+from layerlens.errors import ConfigError, DegenerateError, RunFolderError, check_known
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import probe_accuracy
@@ -61,13 +61,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.samples < 4 or self.batch_size < 4:
             raise ConfigError(f"samples={self.samples}, batch_size={self.batch_size}; allowed: 4 or more")
-        for name, value, allowed in (
-            ("kernel", self.kernel, KERNELS), ("estimator", self.estimator, ESTIMATORS), ("split", self.split, SPLITS)
-        ):  # fmt: skip
-            if value not in allowed:
-                raise UnknownNameError(
-                    f"unknown {name} {value!r}; {closest(value, allowed)} (allowed: {', '.join(allowed)})"
-                )
+        check_known("kernel", self.kernel, KERNELS)
+        check_known("estimator", self.estimator, ESTIMATORS)
+        check_known("split", self.split, SPLITS)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed}; allowed: 0 to 2**63 - 1")
         if not 0 < self.level < 1:
@@ -344,7 +340,7 @@ def read_run_config(folder: str | Path) -> RunConfig:
     if not path.is_file():
         raise RunFolderError(f"{str(folder)!r} is no run folder: it has no config.json. `layerlens train` makes one")
     content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+    if not isinstance(content.get("config"), dict):
         raise RunFolderError(f"{str(path)!r} is damaged; train again in a new folder")
     return make_config(content["config"])
 

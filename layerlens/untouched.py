@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,26 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def observed(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """While the block runs the model, call `note(name, module, output)` as each submodule finishes.
+
+    In eval mode and without gradients; the model is left as it was.
+    """
+    with untouched(model), torch.no_grad():
+        model.eval()
+        handles = [
+            module.register_forward_hook(lambda m, _i, out, name=name: note(name, m, out))
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager

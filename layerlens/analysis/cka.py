@@ -17,10 +17,9 @@ from layerlens.errors import (
     DegenerateError,
     NonFiniteError,
     ShapeError,
-    UnknownNameError,
-    closest,
+    check_known,
 )
-from layerlens.layers import Batch, Forward
+from layerlens.layers import Batch, Forward, Layer
 from layerlens.precision import full_precision
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
@@ -63,16 +62,16 @@ def cka_matrix(
     Source:
         Kornblith et al. 2019, arXiv:1905.00414; Nguyen et al. 2021, arXiv:2010.15327
     """
-    if estimator not in ESTIMATORS:
-        raise UnknownNameError(f"unknown estimator {estimator!r}; {closest(estimator, ESTIMATORS)}")
+    check_known("estimator", estimator, ESTIMATORS)
     state: list[StreamingCKA] = []
 
-    def begin(chosen: Sequence[object]) -> StreamingCKA:
-        names = [layer.name for layer in chosen]  # type: ignore[attr-defined]
-        kind = StreamingCKA if estimator == "minibatch" else WholeSetCKA
-        state.append(kind(names, kernel=kernel, rbf_factor=rbf_factor, level=level))
-        if isinstance(state[0], WholeSetCKA):
-            state[0].estimator = estimator
+    def begin(chosen: list[Layer]) -> StreamingCKA:
+        names = [layer.name for layer in chosen]
+        if estimator == "minibatch":
+            state.append(StreamingCKA(names, kernel=kernel, rbf_factor=rbf_factor, level=level))
+        else:
+            whole = WholeSetCKA(names, kernel=kernel, rbf_factor=rbf_factor, level=level, estimator=estimator)
+            state.append(whole)
         return state[0]
 
     sweep(model, loader, layers, begin, forward=forward)
@@ -100,8 +99,7 @@ class StreamingCKA:
     def __init__(
         self, layers: Sequence[str], *, kernel: str = "linear", rbf_factor: float = 1.0, level: float = 0.95
     ) -> None:
-        if kernel not in KERNELS:
-            raise UnknownNameError(f"unknown kernel {kernel!r}; {closest(kernel, KERNELS)}")
+        check_known("kernel", kernel, KERNELS)
         if not 0 < level < 1:
             raise ConfigError(f"level={level}; allowed: between 0 and 1")
         if not 0 < rbf_factor < float("inf"):
@@ -141,13 +139,18 @@ class StreamingCKA:
             self._stack = torch.empty(count, n * n, dtype=torch.float64, device=device)
             self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
         assert self._spectrum is not None
-        gram, scale = centred_gram(activation)
-        spread, square = gram.trace(), gram.square().sum()
-        if self.kernel == "rbf":
-            gram = rbf_from_gram(centred_gram(activation.double())[0], self.rbf_factor)
-        numbers = torch.stack([spread, square, scale, gram.square().sum()])
+        gram, scale, kernel = self._grams(activation)
+        numbers = torch.stack([gram.trace(), gram.square().sum(), scale, kernel.square().sum()])
         self._spectrum[position] = numbers.to(self._stack.device)  # a model may be split over devices
-        self._stack[position] = u_centre(gram).flatten()
+        self._stack[position] = u_centre(kernel).flatten()
+
+    def _grams(self, activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The linear Gram matrix, the squared norm before centring, and the kernel's Gram matrix."""
+        if self.kernel == "linear":
+            gram, scale = centred_gram(activation)
+            return gram, scale, gram
+        gram, scale = centred_gram(activation.double())  # small distances are differences of large numbers
+        return gram, scale, rbf_from_gram(gram, self.rbf_factor)
 
     def end_batch(self) -> None:
         """All pairs of the batch in one product."""
@@ -224,9 +227,24 @@ class WholeSetCKA(StreamingCKA):
 
     The batches also go through the streaming estimator: the variation between them gives the intervals, which are
     conservative here, since a batch's estimate varies more than its share of the whole.
+
+    Args:
+        layers, kernel, rbf_factor, level: As for `StreamingCKA`.
+        estimator: `debiased` or `biased`.
     """
 
-    estimator = "debiased"
+    def __init__(
+        self,
+        layers: Sequence[str],
+        *,
+        kernel: str = "linear",
+        rbf_factor: float = 1.0,
+        level: float = 0.95,
+        estimator: str = "debiased",
+    ) -> None:
+        check_known("estimator", estimator, ESTIMATORS[1:])
+        super().__init__(layers, kernel=kernel, rbf_factor=rbf_factor, level=level)
+        self.estimator = estimator
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -251,12 +269,7 @@ class WholeSetCKA(StreamingCKA):
         n = sum(self._sizes)
         stack = torch.empty(len(self.layers), n * n, dtype=torch.float64)
         for position, rows in enumerate(self._rows):
-            x = torch.cat(rows)
-            gram = (
-                rbf_from_gram(centred_gram(x.double())[0], self.rbf_factor)
-                if self.kernel == "rbf"
-                else centred_gram(x)[0]
-            )
+            gram = self._grams(torch.cat(rows))[2]
             stack[position] = (h_centre(gram) if self.estimator == "biased" else u_centre(gram)).flatten()
         values = cka_of(np.where(dead[:, None] | dead[None, :], 0.0, _all_pairs(stack).numpy()))
         return super()._values(values, dead)
@@ -288,10 +301,7 @@ def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", rbf_factor: float = 1.0
     >>> round(cka(x, 2 * x), 6)
     1.0
     """
-    if estimator not in ("debiased", "biased"):
-        raise UnknownNameError(f"unknown estimator {estimator!r}; {closest(estimator, ('debiased', 'biased'))}")
-    whole = WholeSetCKA(["x", "y"], kernel=kernel, rbf_factor=rbf_factor)
-    whole.estimator = estimator
+    whole = WholeSetCKA(["x", "y"], kernel=kernel, rbf_factor=rbf_factor, estimator=estimator)
     whole.update([x, y])
     result = whole.compute()
     if result.missing:

@@ -13,7 +13,7 @@ from layerlens.activations import sweep
 from layerlens.analysis.cka import CONSTANT, centred_gram
 from layerlens.analysis.results import LayerProfile
 from layerlens.errors import NonFiniteError
-from layerlens.layers import Batch, Forward
+from layerlens.layers import Batch, Forward, Layer
 
 
 def effective_rank(x: Tensor) -> float:
@@ -64,8 +64,8 @@ def effective_rank_profile(
     """
     state: list[_Ranks] = []
 
-    def begin(chosen: Sequence[object]) -> _Ranks:
-        state.append(_Ranks([layer.name for layer in chosen]))  # type: ignore[attr-defined]
+    def begin(chosen: list[Layer]) -> _Ranks:
+        state.append(_Ranks([layer.name for layer in chosen]))
         return state[0]
 
     sweep(model, loader, layers, begin, forward=forward)

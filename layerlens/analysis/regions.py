@@ -15,7 +15,7 @@ from scipy import stats
 
 from layerlens.analysis.resampling import bootstrap, jackknife_error
 from layerlens.analysis.results import Array, Caution, Result, SimilarityMatrix
-from layerlens.errors import ConfigError, ShapeError, UnknownNameError, closest
+from layerlens.errors import ConfigError, ShapeError, check_known
 
 CRITERIA = ("two-level", "modularity")
 MIN_GROUPS = 4
@@ -159,8 +159,7 @@ def find_regions(
 
 def check_criterion(criterion: str) -> None:
     """Refuse a criterion that does not exist."""
-    if criterion not in CRITERIA:
-        raise UnknownNameError(f"unknown criterion {criterion!r}; {closest(criterion, CRITERIA)}")
+    check_known("criterion", criterion, CRITERIA)
 
 
 def segment(values: Array, *, criterion: str = "two-level") -> list[Run]:

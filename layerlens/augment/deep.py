@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlens.augment.transforms import dropout, remove_principal_components
-from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, UnknownNameError, closest
+from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, check_known, closest
 from layerlens.layers import INPUT, call_names, main_tensor, replace_main_tensor
 
 Transform = Callable[[Tensor], Tensor]
@@ -59,8 +59,8 @@ class DeepAugmentation:
         for name, value in (("rate", rate), ("fraction", fraction)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value}; allowed: 0 to 1")
-        if isinstance(transform, str) and transform not in TRANSFORMS:
-            raise UnknownNameError(f"unknown transform {transform!r}; {closest(transform, TRANSFORMS)}")
+        if isinstance(transform, str):
+            check_known("transform", transform, TRANSFORMS)
         self.layers = [layer] if isinstance(layer, str) else list(layer)
         self.transform, self.rate, self.fraction = transform, rate, fraction
         self.stop_gradient, self.components, self.generator = stop_gradient, components, generator

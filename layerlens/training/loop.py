@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +139,7 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
     path = folder / "config.json"
     if path.exists():
         found = read_json(path)
-        if not isinstance(found, dict) or found.get("run") != wanted["run"]:
+        if found.get("run") != wanted["run"]:
             raise RunFolderError(
                 f"{str(folder)!r} belongs to another run ({_difference(found, wanted)}); choose another --out"
             )
@@ -159,8 +161,8 @@ def read_result(folder: Path) -> RunResult:
     return made
 
 
-def _difference(found: Any, wanted: dict[str, Any]) -> str:
-    old = found.get("config") if isinstance(found, dict) else None
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    old = found.get("config")
     if not isinstance(old, dict):
         return "its configuration is unreadable"
     for key, value in wanted["config"].items():
@@ -362,8 +364,6 @@ class _Trainer:
         save_checkpoint(path, self.network, {**self.metadata, "epoch": self.epoch})
 
     def _save(self) -> None:
-        import io
-
         state = {
             "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
             "step": self.step, "loss_sum": self.loss_sum, "wall_s": self.wall_s,
@@ -410,8 +410,6 @@ class _Trainer:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """What each finished epoch of a run measured, in order."""
-    import json
-
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -425,8 +423,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    import json
-
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     write_atomically(folder / "metrics.jsonl", text.encode())
 
