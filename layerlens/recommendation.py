@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerlens.analysis.regions import Region, RegionSet, find_regions, restore_cautions
-from layerlens.analysis.results import Caution, Geometry, Result, SimilarityMatrix
+from layerlens.analysis.regions import Region, RegionSet, find_regions
+from layerlens.analysis.results import Caution, Geometry, Result, SimilarityMatrix, restore_cautions
 
 NEAR_ZERO = -0.2  # uniformity
 COLLAPSED = 1.5  # directions that carry the variance of the last layer

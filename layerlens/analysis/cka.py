@@ -1,81 +1,35 @@
-"""Centred kernel alignment of all pairs of layers: streaming and whole-set, with confidence intervals."""
+"""Centred kernel alignment of all pairs of layers, streamed over batches, with confidence intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerlens.activations import sweep
-from layerlens.analysis.resampling import cka_of, entry_intervals
-from layerlens.analysis.results import Array, SimilarityMatrix
-from layerlens.errors import (
-    BatchTooSmallError,
-    ConfigError,
-    DegenerateError,
-    NonFiniteError,
-    ShapeError,
-    check_known,
+from layerlens.analysis.hsic import HSIC, hsic_from_features, hsic_from_grams
+from layerlens.analysis.kernels import (
+    CONSTANT,
+    KERNELS,
+    as_rows,
+    centred_gram,
+    column_gram,
+    rbf_from_gram,
+    u_centre,
+    u_centre_,
 )
-from layerlens.layers import Batch, Forward, Layer
-from layerlens.precision import full_precision
+from layerlens.analysis.resampling import cka_error, cka_of, fisher_intervals, normal_quantile
+from layerlens.analysis.results import Array, PermutationNull, SampleInfluence, SimilarityMatrix
+from layerlens.errors import BatchTooSmallError, ConfigError, NonFiniteError, ShapeError, check_known
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
-KERNELS = ("linear", "rbf")
-_GROUPS = 64
-_CHUNK = 4096  # columns whose centred copy stays in a CPU's cache
-CONSTANT = 32 * torch.finfo(torch.float32).eps  # variation below this share of the size is rounding
-
-
-def cka_matrix(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    layers: str | Sequence[str] = "auto",
-    *,
-    kernel: str = "linear",
-    rbf_factor: float = 1.0,
-    estimator: str = "minibatch",
-    level: float = 0.95,
-    forward: Forward | None = None,
-) -> SimilarityMatrix:
-    """CKA between all chosen layers of a model, in one pass over the data; the model is left as it was.
-
-    Args:
-        model: Any module, on any device; it runs in eval mode.
-        loader: Batches of at least 4 samples: tensors, tuples whose first entry is the input, or mappings of
-            arguments. Read once.
-        layers: `auto`, `blocks`, `all`, or names and globs, see `layers.select`.
-        kernel: `linear`, or `rbf` with width `rbf_factor` × median distance.
-        estimator: `minibatch`: HSIC₁ averaged over batches (by their sizes), then one ratio; memory does not grow
-            with the data. `debiased`, `biased`: over all samples at once; keeps every activation.
-        level: Confidence of the intervals; they come from the variation between batches.
-        forward: How to run one batch, if not as `layers.run_batch` does.
-
-    Raises:
-        UnknownLayerError: A name that matches no layer.
-        BatchTooSmallError: A batch of fewer than 4 samples.
-        NonFiniteError: NaN or infinity; the message names layer and batch.
-        ShapeError: A layer whose first dimension is not the samples.
-
-    Source:
-        Kornblith et al. 2019, arXiv:1905.00414; Nguyen et al. 2021, arXiv:2010.15327
-    """
-    check_known("estimator", estimator, ESTIMATORS)
-    state: list[StreamingCKA] = []
-
-    def begin(chosen: list[Layer]) -> StreamingCKA:
-        names = [layer.name for layer in chosen]
-        if estimator == "minibatch":
-            state.append(StreamingCKA(names, kernel=kernel, rbf_factor=rbf_factor, level=level))
-        else:
-            whole = WholeSetCKA(names, kernel=kernel, rbf_factor=rbf_factor, level=level, estimator=estimator)
-            state.append(whole)
-        return state[0]
-
-    sweep(model, loader, layers, begin, forward=forward)
-    return state[0].compute()
+GROUPS = 64  # of batches or samples that a result keeps for resampling
+STRONGEST = 5  # samples that a result names per entry
+_POSITION_ROWS = 2048  # rows of a product in feature space
+_CHECK_COLUMNS = 4096
+_CHECK_ROWS = 32  # samples of the first batch that are computed again in float64
 
 
 class StreamingCKA:
@@ -86,6 +40,15 @@ class StreamingCKA:
         kernel: `linear` or `rbf`.
         rbf_factor: RBF width in units of the batch's median distance.
         level: Confidence of the intervals.
+        errors: Whether to take the sums that the intervals rest on.
+        influence: Whether to keep what each sample adds: n·L² numbers per batch.
+        permutations: How often to pair the samples wrongly in each batch, for the null.
+        positions: Whether rows are positions of maps, many per sample; batches then go through feature covariances.
+        check: Whether to compute 32 samples of the first batch again in float64.
+        seed: Of the permutations.
+
+    Attributes:
+        counts: For position-wise rows, how many each sample of the current batch has, shape (n,); None if one each.
 
     >>> rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     >>> cka = StreamingCKA(["a", "b"])
@@ -97,14 +60,31 @@ class StreamingCKA:
     estimator = "minibatch"
 
     def __init__(
-        self, layers: Sequence[str], *, kernel: str = "linear", rbf_factor: float = 1.0, level: float = 0.95
+        self,
+        layers: Sequence[str],
+        *,
+        kernel: str = "linear",
+        rbf_factor: float = 1.0,
+        level: float = 0.95,
+        errors: bool = True,
+        influence: bool = False,
+        permutations: int = 0,
+        positions: bool = False,
+        check: bool = False,
+        seed: int = 0,
     ) -> None:
         check_known("kernel", kernel, KERNELS)
         if not 0 < level < 1:
             raise ConfigError(f"level={level}; allowed: between 0 and 1")
         if not 0 < rbf_factor < float("inf"):
             raise ConfigError(f"rbf_factor={rbf_factor}; allowed: above 0")
+        if permutations < 0:
+            raise ConfigError(f"permutations={permutations}; allowed: 0 or more")
+        if positions and (kernel != "linear" or influence or permutations):
+            raise ConfigError("positions as samples allow the linear kernel only, without influence or permutations")
         self.layers, self.kernel, self.rbf_factor, self.level = tuple(layers), kernel, rbf_factor, level
+        self.errors, self.keep_each, self.permutations = errors, influence, permutations
+        self.positions, self.check, self.seed = positions, check, seed
         self.reset()
 
     def reset(self) -> None:
@@ -112,8 +92,15 @@ class StreamingCKA:
         self._blocks: list[Tensor] = []
         self._spectra: list[Tensor] = []
         self._sizes: list[int] = []
+        self._each: list[Tensor] = []
+        self._shuffled: Tensor | None = None
+        self._covariance: Tensor | None = None
         self._stack: Tensor | None = None
         self._spectrum: Tensor | None = None
+        self._checked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[int, Tensor] = {}
+        self.counts: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(self.seed)
 
     def update(self, activations: Sequence[Tensor]) -> None:
         """Take one batch, an activation (n, …) for each layer in order."""
@@ -127,40 +114,57 @@ class StreamingCKA:
         self.end_batch()
 
     def take(self, position: int, activation: Tensor) -> None:
-        """Reduce one layer's activation (n, …) of the current batch to its U-centred Gram matrix."""
-        n = len(activation)
+        """Reduce one layer's activation (n, …) of the current batch to its Gram matrix.
+
+        Position-wise rows are kept until the end of the batch instead: there, features are fewer than rows.
+        """
+        n, first = len(activation), not self._sizes
         if n < 4:
             raise BatchTooSmallError(
                 f"batch {len(self._sizes)} has {n} samples; unbiased HSIC needs at least 4: "
                 "use a larger batch, or drop_last=True in the loader"
             )
-        if self._stack is None or self._stack.shape[1] != n * n:
+        if self.check and first:
+            self._check_precision(position, activation)
+        if self.positions:
+            self._rows[position] = as_rows(activation).clone()
+            return
+        if self._stack is None or self._stack.shape[1] != n:
             count, device = len(self.layers), activation.device
-            self._stack = torch.empty(count, n * n, dtype=torch.float64, device=device)
+            self._stack = torch.empty(count, n, n, dtype=torch.float64, device=device)
             self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
         assert self._spectrum is not None
-        gram, scale, kernel = self._grams(activation)
-        numbers = torch.stack([gram.trace(), gram.square().sum(), scale, kernel.square().sum()])
-        self._spectrum[position] = numbers.to(self._stack.device)  # a model may be split over devices
-        self._stack[position] = u_centre(kernel).flatten()
-
-    def _grams(self, activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The linear Gram matrix, the squared norm before centring, and the kernel's Gram matrix."""
         if self.kernel == "linear":
-            gram, scale = centred_gram(activation)
-            return gram, scale, gram
-        gram, scale = centred_gram(activation.double())  # small distances are differences of large numbers
-        return gram, scale, rbf_from_gram(gram, self.rbf_factor)
+            gram, offset = column_gram(activation)
+            self._stack[position] = gram  # a model may be split over devices
+            self._spectrum[position, 2] = offset
+        else:  # small distances are differences of large numbers: float64
+            gram, scale = centred_gram(activation.double())
+            kernel = rbf_from_gram(gram, self.rbf_factor)
+            self._spectrum[position] = torch.stack([gram.trace(), gram.square().sum(), scale, kernel.square().sum()])
+            self._stack[position] = kernel
 
     def end_batch(self) -> None:
         """All pairs of the batch in one product."""
-        if self._stack is None or self._spectrum is None:
-            raise ShapeError("no activation was handed over in this batch")
-        n = round(self._stack.shape[1] ** 0.5)
-        self._blocks.append(_all_pairs(self._stack) / (n * (n - 3)))
-        self._spectra.append(self._spectrum.clone())
-        self._sizes.append(n)
-        if self._stack.device.type == "cpu":
+        if self.positions:
+            found, spectrum = self._end_of_positions()
+        else:
+            if self._stack is None or self._spectrum is None:
+                raise ShapeError("no activation was handed over in this batch")
+            spectrum = self._spectrum.clone()
+            if self.kernel == "linear":
+                spectrum = _linear_spectrum(self._stack, spectrum[:, 2])
+            found = hsic_from_grams(u_centre_(self._stack), errors=self.errors, each=self.keep_each)
+            if self.permutations:
+                self._shuffle(self._stack)
+        self._blocks.append(found.value)
+        self._spectra.append(spectrum)
+        self._sizes.append(found.samples)
+        weighted = found.covariance * found.samples**2
+        self._covariance = weighted if self._covariance is None else self._covariance + weighted
+        if found.each is not None:
+            self._each.append(found.each)
+        if found.value.device.type == "cpu":
             self._refuse_non_finite(len(self._sizes) - 1)
 
     def merge(self, other: StreamingCKA) -> None:
@@ -169,12 +173,33 @@ class StreamingCKA:
         Raises:
             ShapeError: Other layers or another kernel.
         """
-        mine, theirs = ((s.layers, s.kernel, s.rbf_factor) for s in (self, other))
+        mine, theirs = ((s.layers, s.kernel, s.rbf_factor, s.positions, s.permutations) for s in (self, other))
         if mine != theirs:
             raise ShapeError(f"can't merge CKA of {theirs} into CKA of {mine}")
-        self._blocks += other._blocks
-        self._spectra += other._spectra
-        self._sizes += other._sizes
+        self.load_state(other.state())
+
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, as tensors on the CPU; `load_state` of another accumulator adds it."""
+        batches = {"blocks": self._blocks, "spectra": self._spectra, "each": self._each}
+        summed = {"covariance": self._covariance, "shuffled": self._shuffled}
+        return {
+            **{name: [t.cpu() for t in found] for name, found in batches.items()},
+            **{name: None if t is None else t.cpu() for name, t in summed.items()},
+            "sizes": list(self._sizes), "checked": dict(self._checked),
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Add what another accumulator of the same layers has seen."""
+        device = self._blocks[0].device if self._blocks else torch.device("cpu")
+        self._blocks += [t.to(device) for t in state["blocks"]]
+        self._spectra += [t.to(device) for t in state["spectra"]]
+        self._each += [t.to(device) for t in state["each"]]
+        self._sizes += state["sizes"]
+        self._checked = self._checked or state["checked"]
+        for name in ("covariance", "shuffled"):
+            mine, theirs = getattr(self, f"_{name}"), state[name]
+            if theirs is not None:
+                setattr(self, f"_{name}", theirs.to(device) if mine is None else mine + theirs.to(device))
 
     def compute(self) -> SimilarityMatrix:
         """The similarity matrix of all batches so far.
@@ -185,196 +210,203 @@ class StreamingCKA:
         """
         if not self._sizes:
             raise ShapeError("no batch was seen yet")
+        blocks, spectra = (torch.stack(found).cpu().numpy() for found in (self._blocks, self._spectra))
         for batch in range(len(self._sizes)):
-            self._refuse_non_finite(batch)
+            self._refuse_non_finite(batch, blocks, spectra)
         weights = np.array(self._sizes, dtype=np.float64)
-        blocks = torch.stack([b.cpu() for b in self._blocks]).numpy()
-        spectra = torch.stack([s.cpu() for s in self._spectra]).numpy()
+        dead, participation = self._directions(blocks, spectra, weights)
+        blocks[:, dead, :] = 0.0
+        blocks[:, :, dead] = 0.0
+        hsic = np.average(blocks, axis=0, weights=weights)
+        values = cka_of(hsic)
+        np.fill_diagonal(values, np.where(dead, np.nan, 1.0))
+        assert self._covariance is not None
+        error = cka_error(values, hsic, self._covariance.cpu().numpy() / weights.sum() ** 2)
+        grouped = _group(blocks, weights)
+        return self._result(values, error, *grouped, participation, int(weights.sum()), self._null(values, weights))
+
+    def influence(self) -> SampleInfluence:
+        """How much leaving out each sample moves each entry, in closed form and exactly.
+
+        Raises:
+            ShapeError: The accumulator was made without `influence=True`, or saw no batch.
+        """
+        if not self._each:
+            raise ShapeError("no influence was kept; make the accumulator with influence=True and give it batches")
+        without = [
+            (each, n, without_each(each, n)) for each, n in zip(self._each, self._sizes, strict=True)
+        ]
+        total = sum(n for _, n, _ in without)
+        hsic = sum(block * n for block, n in zip(self._blocks, self._sizes, strict=True)) / total
+        changes = [
+            cka_of(((hsic * total - block * n + less * (n - 1)) / (total - 1)).cpu().numpy()) - cka_of(hsic.cpu().numpy())
+            for (_, n, less), block in zip(without, self._blocks, strict=True)
+        ]
+        return influence_of(self.layers, np.concatenate(changes))
+
+    def _result(
+        self, values: Array, error: Array, blocks: Array, weights: Array, participation: Array, samples: int,
+        null: PermutationNull | None,
+    ) -> SimilarityMatrix:  # fmt: skip
+        low, high = np.full(values.shape, np.nan), np.full(values.shape, np.nan)
+        if self.errors:
+            low, high = fisher_intervals(values, error, normal_quantile(self.level))
+        alive = np.flatnonzero(~np.isnan(values.diagonal()))
+        low[alive, alive] = high[alive, alive] = 1.0
+        options = {"kernel": self.kernel, "estimator": self.estimator}
+        if self.kernel == "rbf":
+            options["rbf_factor"] = self.rbf_factor
+        return SimilarityMatrix(
+            layers=self.layers, values=values, low=low, high=high, level=self.level, options=options,
+            samples=samples, participation=participation, blocks=blocks, weights=weights, null=null,
+            precision_error=self._precision_error(),
+        )  # fmt: skip
+
+    def _end_of_positions(self) -> tuple[HSIC, Tensor]:
+        if len(self._rows) != len(self.layers):
+            raise ShapeError("no activation was handed over in this batch")
+        rows, spectrum = [], []
+        for _, x in sorted(self._rows.items()):
+            mean = x.mean(0)
+            x -= mean
+            gram = (x.T @ x).double()
+            spread = gram.trace()
+            size = gram.square().sum()
+            spectrum.append(torch.stack([spread, size, spread + len(x) * mean.double().square().sum(), size]))
+            rows.append(x)
+        self._rows = {}
+        pieces = lambda: zip(*(x.split(_POSITION_ROWS) for x in rows), strict=True)  # noqa: E731
+        found = hsic_from_features(
+            pieces, [x.shape[1] for x in rows], counts=self.counts, errors=self.errors, each=self.keep_each
+        )
+        return found, torch.stack(spectrum)
+
+    def _directions(self, blocks: Array, spectra: Array, weights: Array) -> tuple[Array, Array]:
+        """Which layers are constant, and how many directions carry the variance of each."""
         spread, square, scale, size = np.moveaxis(spectra, -1, 0)
         dead = spread.sum(0) <= CONSTANT**2 * scale.sum(0)
         if self.estimator != "biased":  # samples all equally far apart: nothing is left after U-centring
             n = weights[:, None]
             dead |= (blocks.diagonal(axis1=1, axis2=2) * n * (n - 3)).sum(0) <= CONSTANT**2 * size.sum(0)
-        blocks[:, dead, :] = 0.0
-        blocks[:, :, dead] = 0.0
         ratio = np.divide(spread**2, square, out=np.full(spread.shape, np.nan), where=(square > 0) & ~dead)
-        blocks, grouped = _group(blocks, weights)
-        values = self._values(cka_of(np.average(blocks, axis=0, weights=grouped)), dead)
-        low, high = entry_intervals(values, blocks, grouped, self.level)
-        return SimilarityMatrix(
-            layers=self.layers, values=values, low=low, high=high, level=self.level, kernel=self.kernel,
-            estimator=self.estimator, samples=int(weights.sum()),
-            participation=np.average(ratio, axis=0, weights=weights), blocks=blocks, weights=grouped,
-        )  # fmt: skip
+        return dead, np.average(ratio, axis=0, weights=weights)
 
-    def _values(self, minibatch: Array, dead: np.ndarray) -> Array:
-        np.fill_diagonal(minibatch, np.where(dead, np.nan, 1.0))
-        return minibatch
-
-    def _refuse_non_finite(self, batch: int) -> None:
-        bad = ~self._spectra[batch][:, 0].isfinite() | ~self._blocks[batch].diagonal().isfinite()
-        if bool(bad.any()):
-            names = [self.layers[i] for i in bad.nonzero().flatten().tolist()]
+    def _refuse_non_finite(self, batch: int, blocks: Any = None, spectra: Any = None) -> None:
+        spectrum = np.asarray(self._spectra[batch] if spectra is None else spectra[batch])
+        block = np.asarray(self._blocks[batch] if blocks is None else blocks[batch])
+        bad = ~np.isfinite(spectrum[:, 0]) | ~np.isfinite(block.diagonal())
+        if bad.any():
+            names = [self.layers[i] for i in np.flatnonzero(bad)]
             more = f" (and in {len(names) - 1} layers behind it)" if len(names) > 1 else ""
             raise NonFiniteError(
                 f"NaN or infinity in the activations of layer {names[0]!r}{more} in batch {batch}, or numbers above "
                 "1e19; check the input and the weights"
             )
 
+    def _shuffle(self, stack: Tensor) -> None:
+        """Add the batch's HSIC with the samples of one side permuted, for each permutation."""
+        n, flat = stack.shape[1], stack.flatten(1)
+        sums = stack.new_empty(self.permutations, len(stack), len(stack))
+        for draw in sums:
+            order = torch.randperm(n, generator=self._generator).to(stack.device)
+            for j, gram in enumerate(stack):
+                draw[:, j] = flat @ gram[order][:, order].flatten()
+        sums /= n - 3
+        self._shuffled = sums if self._shuffled is None else self._shuffled + sums
 
-class WholeSetCKA(StreamingCKA):
-    """CKA over all samples at once, debiased (unbiased HSIC) or biased; keeps every activation on the CPU.
+    def _null(self, values: Array, weights: Array) -> PermutationNull | None:
+        if self._shuffled is None:
+            return None
+        own = np.diagonal(np.average(torch.stack(self._blocks).cpu().numpy(), axis=0, weights=weights))
+        scale = np.sqrt(np.where(own > 0, own, np.nan))
+        return null_of(values, self._shuffled.cpu().numpy() / weights.sum() / (scale[:, None] * scale), self.level)
 
-    The batches also go through the streaming estimator: the variation between them gives the intervals, which are
-    conservative here, since a batch's estimate varies more than its share of the whole.
+    def _check_precision(self, position: int, activation: Tensor) -> None:
+        """U-centred Gram matrices of a few samples, as they are computed here and in float64 throughout."""
+        few = as_rows(activation[:_CHECK_ROWS])
+        gram = few.new_zeros(len(few), len(few), dtype=torch.float64)
+        for columns in few.split(_CHECK_COLUMNS, dim=1):
+            centred = columns.double()
+            centred -= centred.mean(0)
+            gram.addmm_(centred, centred.T)
+        used = column_gram(few)[0].double()
+        if self.kernel == "rbf":
+            used, gram = (rbf_from_gram(k, self.rbf_factor) for k in (centred_gram(few.double())[0], gram))
+        self._checked[position] = (u_centre(used).cpu(), u_centre(gram).cpu())
 
-    Args:
-        layers, kernel, rbf_factor, level: As for `StreamingCKA`.
-        estimator: `debiased` or `biased`.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[str],
-        *,
-        kernel: str = "linear",
-        rbf_factor: float = 1.0,
-        level: float = 0.95,
-        estimator: str = "debiased",
-    ) -> None:
-        check_known("estimator", estimator, ESTIMATORS[1:])
-        super().__init__(layers, kernel=kernel, rbf_factor=rbf_factor, level=level)
-        self.estimator = estimator
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        super().reset()
-        self._rows: list[list[Tensor]] = [[] for _ in self.layers]
-
-    def take(self, position: int, activation: Tensor) -> None:
-        """As for streaming, and keep a copy."""
-        super().take(position, activation)
-        kept = activation.detach().reshape(len(activation), -1)
-        self._rows[position].append(kept.to("cpu", torch.promote_types(kept.dtype, torch.float32), copy=True))
-
-    def merge(self, other: StreamingCKA) -> None:
-        """Take over the batches of another whole-set accumulator."""
-        if not isinstance(other, WholeSetCKA):
-            raise ShapeError("only a WholeSetCKA can be merged into a WholeSetCKA")
-        super().merge(other)
-        for mine, theirs in zip(self._rows, other._rows, strict=True):
-            mine += theirs
-
-    def _values(self, minibatch: Array, dead: np.ndarray) -> Array:
-        n = sum(self._sizes)
-        stack = torch.empty(len(self.layers), n * n, dtype=torch.float64)
-        for position, rows in enumerate(self._rows):
-            gram = self._grams(torch.cat(rows))[2]
-            stack[position] = (h_centre(gram) if self.estimator == "biased" else u_centre(gram)).flatten()
-        values = cka_of(np.where(dead[:, None] | dead[None, :], 0.0, _all_pairs(stack).numpy()))
-        return super()._values(values, dead)
+    def _precision_error(self) -> float:
+        """Largest difference in a CKA entry between the two ways; NaN if it was not checked."""
+        if len(self._checked) != len(self.layers):
+            return float("nan")
+        ways = []
+        for way in (0, 1):
+            flat = torch.stack([pair[way].flatten() for _, pair in sorted(self._checked.items())])
+            ways.append(cka_of((flat @ flat.T).numpy()))
+        apart = np.abs(ways[0] - ways[1])
+        return float(np.nanmax(apart)) if np.isfinite(apart).any() else float("nan")
 
 
-def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", rbf_factor: float = 1.0, estimator: str = "debiased") -> float:
-    """CKA between two representations of the same n samples.
+def null_of(values: Array, wrong: Array, level: float, *, higher_is_alike: bool = True) -> PermutationNull:
+    """Summary of what wrong pairings score.
 
     Args:
-        x: Activations, shape (n, …); row i is sample i.
-        y: Activations, shape (n, …), same row order.
-        kernel: `linear` or `rbf`.
-        rbf_factor: RBF width in units of the median distance.
-        estimator: `debiased` (unbiased HSIC; can be slightly negative) or `biased` (in [0, 1], too high for
-            few samples and many features).
-
-    Returns:
-        Similarity, no unit, at most 1; higher is more alike.
-
-    Raises:
-        ShapeError: Row counts differ; BatchTooSmallError below 4 rows.
-        DegenerateError: One side is constant, or (debiased) its samples all equally far apart: CKA is 0/0.
-        NonFiniteError: NaN or infinity.
-
-    Source:
-        Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 for the unbiased HSIC
-
-    >>> x = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
-    >>> round(cka(x, 2 * x), 6)
-    1.0
+        values: The scores, shape (R, C).
+        wrong: Scores of wrong pairings, shape (P, R, C).
+        level: Of the bound.
+        higher_is_alike: The measure's direction.
     """
-    whole = WholeSetCKA(["x", "y"], kernel=kernel, rbf_factor=rbf_factor, estimator=estimator)
-    whole.update([x, y])
-    result = whole.compute()
-    if result.missing:
-        what = f"{' and '.join(result.missing)} constant over the {len(x)} samples, or these all equally far apart"
-        raise DegenerateError(f"{what}; CKA is 0/0")
-    return result.between("x", "y")
+    if values.shape[0] == values.shape[1]:  # the two orders of a pair are one entry
+        wrong = np.where(np.tri(len(values), dtype=bool).T, wrong, np.swapaxes(wrong, 1, 2))
+    sign = 1.0 if higher_is_alike else -1.0
+    reached = (sign * wrong >= sign * values).sum(0)
+    bound = sign * np.quantile(sign * wrong, level, axis=0, method="higher")
+    p_value = np.where(np.isnan(values), np.nan, (1 + reached) / (1 + len(wrong)))
+    return PermutationNull(
+        permutations=len(wrong), mean=wrong.mean(0), bound=bound, p_value=p_value, level=level
+    )
 
 
-def centred_gram(activation: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the features, each centred over the samples before the product.
+def influence_of(layers: Sequence[str], changes: Array) -> SampleInfluence:
+    """Summary of the changes, shape (n, L, L), that leaving out each sample makes."""
+    size = np.abs(np.nan_to_num(changes))
+    largest = size.max((1, 2))
+    middle = np.median(largest)
+    spread = 1.4826 * np.median(np.abs(largest - middle))
+    order = np.argsort(-size, axis=0, kind="stable")[:STRONGEST]
+    return SampleInfluence(
+        layers=tuple(layers), samples=len(changes), largest=largest,
+        z_score=(largest - middle) / max(spread, np.finfo(float).tiny), index=np.moveaxis(order, 0, -1),
+        change=np.moveaxis(np.take_along_axis(np.nan_to_num(changes), order, 0), 0, -1),
+    )  # fmt: skip
 
-    Centring works on columns that fit in the cache, and the product leaves out a quarter that symmetry gives.
+
+def _linear_spectrum(stack: Tensor, offset: Tensor) -> Tensor:
+    """Per layer the trace and squared norm of the centred Gram matrix, the squared norm before centring, and again.
 
     Args:
-        activation: Shape (n, …), any floating type; anything below float32 is computed in float32.
-
-    Returns:
-        X Xᵀ of the centred features, float64, shape (n, n), and the squared norm before centring.
+        stack: Gram matrices of centred features, shape (L, n, n); what rounding left of the means goes here.
+        offset: n·‖mean‖² of each layer.
     """
-    x = activation.detach()
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    x = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
-    with full_precision(x.device):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        half = len(x) // 2
-        top, corner = x.new_zeros(half, len(x)), x.new_zeros(len(x) - half, len(x) - half)
-        offset = x.new_zeros((), dtype=torch.float64)
-        for columns in x.split(_CHUNK if x.device.type == "cpu" else x.shape[1], dim=1):
-            mean = columns.mean(0)
-            centred = columns - mean
-            top.addmm_(centred[:half], centred.T)
-            corner.addmm_(centred[half:], centred[half:].T)
-            offset += mean.double().square().sum()
-        lower = torch.cat([top[:, half:].T, corner], dim=1)
-        gram = h_centre(torch.cat([top, lower]).double())
-        return gram, gram.trace() + len(x) * offset
+    n, rows = stack.shape[1], stack.sum(-1)
+    whole = rows.sum(-1)
+    spread = stack.diagonal(dim1=1, dim2=2).sum(-1) - whole / n
+    square = torch.stack([gram.square().sum() for gram in stack])
+    square = square - 2 / n * rows.square().sum(-1) + (whole / n) ** 2
+    return torch.stack([spread, square, spread + offset, square], dim=1)
 
 
-def u_centre(gram: Tensor) -> Tensor:
-    """U-centring (Székely & Rizzo): zero diagonal, rows and columns that sum to zero; shape (n, n), n >= 4."""
-    n = len(gram)
-    k = gram - torch.diag(gram.diagonal())
-    rows = k.sum(0) / (n - 2)
-    k = k - rows[:, None] - rows[None, :] + rows.sum() / (n - 1)
-    return k.fill_diagonal_(0.0)
-
-
-def h_centre(gram: Tensor) -> Tensor:
-    """HKH: rows and columns that sum to zero, diagonal included; shape (n, n)."""
-    rows = gram.mean(0)
-    return gram - rows[:, None] - rows[None, :] + rows.mean()
-
-
-def rbf_from_gram(gram: Tensor, factor: float = 1.0) -> Tensor:
-    """RBF kernel exp(-d² / 2σ²), σ = factor × median distance of distinct samples; shape (n, n)."""
-    norms = gram.diagonal()
-    squared = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0).fill_diagonal_(0.0)
-    upper = torch.triu_indices(len(gram), len(gram), 1)
-    pairs = squared[upper[0], upper[1]]
-    width = factor**2 * pairs.sqrt().median().square()
-    return torch.exp(-squared / (2 * width.clamp_min(torch.finfo(torch.float64).tiny)))
-
-
-def _all_pairs(stack: Tensor) -> Tensor:
-    """Inner products of all pairs of rows, float64, shape (L, L)."""
-    return stack @ stack.T
+def without_each(each: Tensor, n: int) -> Tensor:
+    """Unbiased HSIC of a batch without each of its samples, shape (n, L, L), from what each sample adds."""
+    if n < 5:
+        raise BatchTooSmallError(f"a batch has {n} samples; the influence of a sample needs at least 5")
+    m, total = n - 1, each.sum(0)
+    return (total - each * (2 + 2 / (m - 2))) * ((n - 3) / (m * (m - 3)))
 
 
 def _group(blocks: Array, weights: Array) -> tuple[Array, Array]:
     """Average neighbouring batches into at most 64 groups, so that a result stays small."""
-    if len(weights) <= _GROUPS:
+    if len(weights) <= GROUPS:
         return blocks, weights
-    parts = np.array_split(np.arange(len(weights)), _GROUPS)
+    parts = np.array_split(np.arange(len(weights)), GROUPS)
     means = [np.average(blocks[part], axis=0, weights=weights[part]) for part in parts]
     return np.stack(means), np.array([weights[part].sum() for part in parts])

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from layerlens.activations import sweep
-from layerlens.analysis.cka import CONSTANT, centred_gram
+from layerlens.analysis.kernels import CONSTANT, centred_gram
 from layerlens.analysis.results import LayerProfile
 from layerlens.errors import NonFiniteError
 from layerlens.layers import Batch, Forward, Layer

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from layerlens.analysis.resampling import bootstrap, jackknife_error
-from layerlens.analysis.results import Array, Caution, Result, SimilarityMatrix
+from layerlens.analysis.results import Array, Caution, Result, SimilarityMatrix, restore_cautions
 from layerlens.errors import ConfigError, ShapeError, check_known
 
 CRITERIA = ("two-level", "modularity")
@@ -211,12 +211,6 @@ def contrast_parts(values: Array, first: int, stop: int) -> tuple[Array, Array]:
     neighbours = [k for k in (first - 1, stop) if 0 <= k < values.shape[-1]]
     outside = values[..., first:stop, :][..., neighbours].mean((-2, -1))
     return within, outside
-
-
-def restore_cautions(cautions: Sequence[Caution | dict[str, object]]) -> tuple[Caution, ...]:
-    """Cautions as objects again after a trip through JSON."""
-    made = [c if isinstance(c, Caution) else Caution(**c) for c in cautions]  # type: ignore[arg-type]
-    return tuple(Caution(code=c.code, text=c.text, layers=tuple(c.layers)) for c in made)
 
 
 def _hull(values: Array, low: float, high: float) -> list[list[Run]]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from layerlens.analysis.results import Array, SimilarityMatrix
+from layerlens.analysis.results import Array, CrossSimilarity, Difference, SimilarityMatrix
+from layerlens.errors import ShapeError
 
 _EDGE = 1 - 1e-12
 
@@ -55,24 +56,158 @@ def jackknife_error(statistic: Callable[[Array], Array], matrix: SimilarityMatri
     return _busing(whole, statistic(leave_one_out(matrix.blocks, matrix.weights)), matrix.weights)
 
 
-def entry_intervals(values: Array, blocks: Array, weights: Array, level: float) -> tuple[Array, Array]:
-    """Confidence interval of each CKA entry: jackknife over batches with t quantiles, on Fisher's z scale.
+def cka_error(values: Array, hsic: Array, covariance: Array) -> Array:
+    """Standard error of CKA entries from the sampling covariance of HSIC, by linearisation.
+
+    Args:
+        values: CKA, shape (L, L).
+        hsic: HSIC of all pairs, shape (L, L).
+        covariance: Of the HSIC estimates (xy, xy), (xy, xx), (xx, yy), shape (3, L, L).
 
     Returns:
-        low, high, shape (L, L); NaN with fewer than two groups or where the entry is NaN.
+        Shape (L, L); NaN where HSIC of a layer with itself is 0.
     """
-    if len(weights) < 2:
-        empty = np.full(values.shape, np.nan)
-        return empty, empty.copy()
-    whole = _fisher(cka_of(np.average(blocks, axis=0, weights=weights)))
-    error = _busing(whole, _fisher(leave_one_out(blocks, weights)), weights)
-    reach = t_quantile(level, len(weights)) * error
+    own = np.where(np.diagonal(hsic) > 0, np.diagonal(hsic), np.nan)
+    both = np.sqrt(own[:, None] * own[None, :])
+    cross, mixed, apart = covariance
+    relative = np.diagonal(apart) / own**2
+    variance = (
+        cross / both**2
+        + values**2 / 4 * (relative[:, None] + relative[None, :])
+        + values**2 / 2 * apart / both**2
+        - values / both * (mixed / own[:, None] + mixed.T / own[None, :])
+    )
+    return np.sqrt(np.maximum(variance, 0.0))
+
+
+def fisher_intervals(values: Array, error: Array, quantile: float) -> tuple[Array, Array]:
+    """Intervals of similarities whose value for identical layers is 1, symmetric on Fisher's z scale.
+
+    Args:
+        values: Shape (…), at most 1.
+        error: Standard errors, on the scale of the values.
+        quantile: How many of them to each side.
+    """
     z = _fisher(values)
-    low, high = np.tanh(z - reach), np.tanh(z + reach)
-    alive = ~np.isnan(np.diagonal(values))
-    index = np.flatnonzero(alive)
-    low[index, index] = high[index, index] = 1.0
-    return low, high
+    reach = quantile * error / np.maximum(1 - np.minimum(values**2, _EDGE), 1e-12)
+    return np.tanh(z - reach), np.tanh(z + reach)
+
+
+def normal_quantile(level: float) -> float:
+    """Two-sided quantile of the normal distribution."""
+    return float(stats.norm.ppf((1 + level) / 2))
+
+
+def replicate_error(replicates: Array, weights: Array, whole: Array) -> Array:
+    """Standard error of a statistic from its values without each group of samples (delete-m jackknife).
+
+    Args:
+        replicates: Shape (G, …), G >= 2.
+        weights: Samples in each group, shape (G,).
+        whole: The statistic of all samples, shape (…).
+    """
+    return _busing(whole, replicates, weights)
+
+
+def difference(
+    first: SimilarityMatrix | CrossSimilarity, second: SimilarityMatrix | CrossSimilarity, *, level: float = 0.95
+) -> Difference:
+    """Test of whether the entries of two matrices over the same layers differ, such as those of two checkpoints.
+
+    Matrices of the same samples, in the same order and groups, are compared group by group, so that what the
+    samples share cancels; others as independent.
+
+    Args:
+        first, second: Results of the same measure over layers of the same names.
+        level: Confidence of the intervals.
+
+    Raises:
+        ShapeError: Other layers, another measure, or nothing to resample.
+
+    Source:
+        Delete-m jackknife, Busing et al. 1999; Holm 1979.
+    """
+    if (first.rows, first.columns) != (second.rows, second.columns):
+        raise ShapeError(f"the matrices have other layers: {first.rows} and {second.rows}; choose the same layers")
+    if (first.measure, first.options) != (second.measure, second.options):
+        raise ShapeError(f"the matrices hold other measures: {first.measure} {first.options} and {second.measure}")
+    one, two = _replicates(first), _replicates(second)
+    paired = bool(first.sample_id) and first.sample_id == second.sample_id
+    paired = paired and first.weights.shape == second.weights.shape and bool((first.weights == second.weights).all())
+    change = second.values - first.values
+    if paired:
+        error = _busing(change, _recentred(two, second) - _recentred(one, first), first.weights)
+    else:
+        error = np.hypot(*(_busing(m.values, _recentred(r, m), m.weights) for m, r in ((first, one), (second, two))))
+    return _tested(
+        change, error, min(len(first.weights), len(second.weights)), level,
+        rows=first.rows, columns=first.columns, paired=paired, symmetric=isinstance(first, SimilarityMatrix),
+    )  # fmt: skip
+
+
+def entry_difference(
+    matrix: SimilarityMatrix | CrossSimilarity, first: tuple[str, str], second: tuple[str, str], *, level: float = 0.95
+) -> Difference:
+    """Test of whether two entries of one matrix differ, each given by its two layers.
+
+    Args:
+        matrix: With at least two groups of samples.
+        first, second: Row and column of each entry.
+        level: Confidence of the interval.
+
+    Raises:
+        UnknownLayerError: No such layer; ShapeError: nothing to resample.
+    """
+    one, two = matrix.place(*first), matrix.place(*second)
+    replicates = _recentred(_replicates(matrix), matrix)
+    change = np.array([[matrix.values[two] - matrix.values[one]]])
+    error = _busing(change, (replicates[:, two[0], two[1]] - replicates[:, one[0], one[1]])[:, None, None],
+                    matrix.weights)  # fmt: skip
+    names = ("–".join(first), "–".join(second))
+    return _tested(
+        change, error, len(matrix.weights), level, rows=names[:1], columns=names[1:], paired=True, symmetric=False
+    )
+
+
+def _replicates(matrix: SimilarityMatrix | CrossSimilarity) -> Array:
+    found = matrix.leave_out()
+    if len(found) < 2:
+        raise ShapeError("a test needs at least two groups of samples; give more batches, or groups=16")
+    return found
+
+
+def _recentred(replicates: Array, matrix: SimilarityMatrix | CrossSimilarity) -> Array:
+    """For CKA the replicates come from HSIC blocks, whose own value may differ from the matrix's estimator."""
+    if isinstance(matrix, SimilarityMatrix) and len(matrix.blocks):
+        return replicates + matrix.values - cka_of(np.average(matrix.blocks, axis=0, weights=matrix.weights))
+    return replicates
+
+
+def _tested(
+    change: Array, error: Array, groups: int, level: float, *,
+    rows: tuple[str, ...], columns: tuple[str, ...], paired: bool, symmetric: bool,
+) -> Difference:  # fmt: skip
+    error = np.where(np.abs(change) + error < 1e-12, np.nan, error)  # a diagonal is 1 on both sides: nothing to test
+    reach = t_quantile(level, groups) * error
+    score = np.divide(np.abs(change), error, out=np.full(change.shape, np.inf), where=error > 0)
+    p_value = np.where(np.isnan(error), np.nan, 2 * stats.t.sf(score, groups - 1))
+    return Difference(
+        rows=rows, columns=columns, values=change, low=change - reach, high=change + reach, p_value=p_value,
+        adjusted=_holm(p_value, symmetric), paired=paired, level=level,
+    )  # fmt: skip
+
+
+def _holm(p_value: Array, symmetric: bool) -> Array:
+    """Holm's adjusted p values over the distinct entries."""
+    distinct = np.triu(np.ones(p_value.shape, dtype=bool), 1) if symmetric else np.ones(p_value.shape, dtype=bool)
+    distinct &= ~np.isnan(p_value)
+    flat, adjusted = p_value[distinct], np.full(p_value.shape, np.nan)
+    order = np.argsort(flat)
+    stepped = np.maximum.accumulate(flat[order] * (len(flat) - np.arange(len(flat))))
+    ordered = np.empty_like(flat)
+    ordered[order] = np.minimum(stepped, 1.0)
+    adjusted[distinct] = ordered
+    return np.where(np.isnan(adjusted), adjusted.T, adjusted) if symmetric else adjusted
 
 
 def t_quantile(level: float, groups: int) -> float:

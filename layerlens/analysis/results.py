@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from layerlens.errors import DataError, ShapeError
+from layerlens.errors import DataError, ShapeError, UnknownLayerError, closest
 
 SCHEMA = 1
 Array = npt.NDArray[np.float64]
@@ -73,73 +74,341 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimilarityMatrix(Result):
-    """Similarity of all pairs of L layers on the same samples.
+class PermutationNull(Result):
+    """What unrelated representations of the same sizes would score: the samples of one side paired at random.
 
     Attributes:
-        layers: Names, in execution order.
-        values: Shape (L, L), symmetric; NaN where a layer is constant, so that there is no similarity.
-        low, high: Ends of the confidence interval of each entry; NaN where there is none (fewer than two batches).
-        level: Confidence of the intervals, in (0, 1).
-        measure: What was measured, such as `cka`.
-        kernel: `linear` or `rbf`.
-        estimator: `minibatch`, `debiased` or `biased`.
-        samples: Samples seen.
-        participation: Shape (L,): how many directions carry each layer's variance, (Σλ)² / Σλ², at least 1,
-            averaged over batches.
-        blocks: Shape (B, L, L): HSIC sums of B groups of batches, for resampling.
-        weights: Shape (B,): samples in each group.
+        permutations: How many.
+        mean: Shape (R, C): mean score of a wrong pairing.
+        bound: Shape (R, C): the score that `level` of the wrong pairings do not reach (that they exceed, for a
+            distance).
+        p_value: Shape (R, C): (1 + wrong pairings at least as alike as the right one) / (1 + permutations).
+        level: Of the bound.
     """
 
-    layers: tuple[str, ...]
+    permutations: int
+    mean: Array
+    bound: Array
+    p_value: Array
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "bound", "p_value"):
+            _freeze(self, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Similarity(Result):
+    """What matrices of one model and of two have in common; see `SimilarityMatrix`."""
+
     values: Array
     low: Array
     high: Array
     level: float = 0.95
     measure: str = "cka"
-    kernel: str = "linear"
-    estimator: str = "minibatch"
+    options: dict[str, Any] = field(default_factory=dict)
+    reduce: str = "flatten"
     samples: int
-    participation: Array
-    blocks: Array = field(repr=False)
+    sample_id: str = ""
+    precision_error: float = float("nan")
+    null: PermutationNull | None = None
     weights: Array = field(repr=False)
+    replicates: Array = field(repr=False, default_factory=lambda: np.zeros((0, 0, 0)))
+    cautions: tuple[Caution, ...] = ()
+
+    def _check(self, rows: int, columns: int, **more: tuple[int, ...]) -> None:
+        shape = (rows, columns)
+        if not len(self.replicates):
+            object.__setattr__(self, "replicates", np.zeros((0, *shape)))
+        groups = len(self.weights)
+        shapes = {"values": shape, "low": shape, "high": shape, "weights": (groups,), **more}
+        shapes["replicates"] = (len(self.replicates), *shape)
+        for name, wanted in shapes.items():
+            _freeze(self, name)
+            found = getattr(self, name).shape
+            if found != wanted:
+                raise ShapeError(f"{name} has shape {found}; {rows} × {columns} layers need {wanted}")
+        if self.precision_error is None:
+            object.__setattr__(self, "precision_error", float("nan"))
+        if isinstance(self.null, dict):
+            object.__setattr__(self, "null", PermutationNull(**_without_stamp(self.null)))
+        object.__setattr__(self, "cautions", restore_cautions(self.cautions))
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names along the first axis."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names along the second axis."""
+        raise NotImplementedError
+
+    def between(self, first: str, second: str) -> float:
+        """The similarity of two layers by name, row first.
+
+        Raises:
+            UnknownLayerError: A name that is not in the matrix.
+        """
+        return float(self.values[self.place(first, second)])
+
+    def place(self, first: str, second: str) -> tuple[int, int]:
+        """Row and column of two layers by name; errors as `between`."""
+        return _place(first, self.rows), _place(second, self.columns)
+
+    def leave_out(self) -> Array:
+        """The values without each group of samples in turn, shape (G, R, C); empty where nothing was kept."""
+        return self.replicates
+
+    def to_frame(self) -> Any:
+        """One row per pair of layers: layer_a, layer_b, value, low, high, measure, null_bound, p_value."""
+        import pandas as pd
+
+        null = {} if self.null is None else {"null_bound": self.null.bound, "p_value": self.null.p_value}
+        return pd.DataFrame(
+            {
+                "layer_a": np.repeat(self.rows, len(self.columns)), "layer_b": np.tile(self.columns, len(self.rows)),
+                "value": self.values.ravel(), "low": self.low.ravel(), "high": self.high.ravel(),
+                "measure": self.measure, **{name: array.ravel() for name, array in null.items()},
+            }
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityMatrix(_Similarity):
+    """Similarity of all pairs of L layers on the same samples.
+
+    Attributes:
+        layers: Names, in execution order.
+        values: Shape (L, L), symmetric; NaN where a layer is constant, so that there is no similarity.
+        low, high: Ends of the confidence interval of each entry; NaN where there is none.
+        level: Confidence of the intervals, in (0, 1).
+        measure: What was measured, such as `cka`; `measures.MEASURES` has its range and direction.
+        options: Of the measure, such as kernel and estimator of CKA.
+        reduce: How maps became rows: `flatten`, `pool` or `positions`, see `reduction.Reduction`.
+        samples: Rows compared: samples, or their positions.
+        sample_id: Digest of the batches that were seen; two matrices with the same one saw the same samples in
+            the same order. Empty if unknown.
+        precision_error: Largest difference that float64 made in the entries on a part of the first batch; NaN if
+            that was not checked.
+        null: What unrelated representations score, where it was asked for.
+        participation: Shape (L,): how many directions carry each layer's variance, (Σλ)² / Σλ², at least 1;
+            averaged over batches where there are several.
+        blocks: Shape (B, L, L): HSIC sums of B groups of batches or samples, for resampling; none but for CKA.
+        weights: Shape (B,) or (G,): samples in each group.
+        replicates: Shape (G, L, L): values without each of G groups of samples; none for CKA, whose blocks tell.
+        cautions: What to know about it.
+    """
+
+    layers: tuple[str, ...]
+    participation: Array
+    blocks: Array = field(repr=False, default_factory=lambda: np.zeros((0, 0, 0)))
 
     def __post_init__(self) -> None:
         count = len(self.layers)
-        shapes = {
-            "values": (count, count), "low": (count, count), "high": (count, count), "participation": (count,),
-            "weights": (len(self.weights),), "blocks": (len(self.weights), count, count),
-        }  # fmt: skip
         object.__setattr__(self, "layers", tuple(self.layers))
-        for name, shape in shapes.items():
-            array = np.array(getattr(self, name), dtype=np.float64).reshape(np.shape(getattr(self, name)))
-            if array.shape != shape:
-                raise ShapeError(f"{name} has shape {array.shape}; {count} layers need {shape}")
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+        if not len(self.blocks):
+            object.__setattr__(self, "blocks", np.zeros((0, count, count)))
+        self._check(count, count, participation=(count,), blocks=(len(self.blocks), count, count))
+        groups = len(self.blocks) or len(self.replicates)
+        if groups != len(self.weights) and groups:
+            raise ShapeError(f"weights has shape {self.weights.shape}; {groups} groups need ({groups},)")
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The layers."""
+        return self.layers
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The layers."""
+        return self.layers
+
+    @property
+    def kernel(self) -> str:
+        """`linear` or `rbf`; `linear` for measures other than CKA."""
+        return str(self.options.get("kernel", "linear"))
+
+    @property
+    def estimator(self) -> str:
+        """`minibatch`, `debiased` or `biased` for CKA; otherwise `whole-set`."""
+        return str(self.options.get("estimator", "minibatch" if self.measure == "cka" else "whole-set"))
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Layers without a similarity, because they are constant over the samples."""
         return tuple(name for name, value in zip(self.layers, self.values.diagonal(), strict=True) if np.isnan(value))
 
-    def between(self, first: str, second: str) -> float:
-        """The similarity of two layers by name."""
-        return float(self.values[self.layers.index(first), self.layers.index(second)])
+    def leave_out(self) -> Array:
+        """The values without each group of samples in turn, shape (G, L, L); empty where nothing was kept."""
+        if len(self.blocks) < 2:
+            return self.replicates
+        from layerlens.analysis.resampling import leave_one_out
+
+        return leave_one_out(self.blocks, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossSimilarity(_Similarity):
+    """Similarity of each layer of one model to each layer of another, on the same samples.
+
+    Attributes:
+        first, second: Names of the layers of the two models, in execution order: rows and columns.
+        labels: What the two models are called.
+        values: Shape (R, C); NaN where a layer is constant.
+        replicates: Shape (G, R, C): values without each of G groups of samples; weights: samples in each group.
+        level, measure, options, reduce, samples, sample_id, precision_error, null, low, high, cautions: As for
+            `SimilarityMatrix`.
+    """
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    labels: tuple[str, str] = ("A", "B")
+
+    def __post_init__(self) -> None:
+        for name in ("first", "second", "labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check(len(self.first), len(self.second))
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Layers of the first model."""
+        return self.first
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Layers of the second model."""
+        return self.second
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Layers without a similarity to any layer of the other model, the model's label in front."""
+        empty = np.isnan(self.values)
+        lost = [f"{self.labels[0]}:{name}" for name, bad in zip(self.first, empty.all(1), strict=True) if bad]
+        return tuple(
+            lost + [f"{self.labels[1]}:{name}" for name, bad in zip(self.second, empty.all(0), strict=True) if bad]
+        )
+
+    def counterparts(self) -> dict[str, str]:
+        """For each layer of the first model the layer of the second that is most alike."""
+        from layerlens.analysis.measures import MEASURES
+
+        sign = 1.0 if MEASURES[self.measure].higher_is_alike else -1.0
+        best = np.where(np.isnan(self.values), -np.inf, sign * self.values).argmax(1)
+        return {
+            name: self.second[k]
+            for name, k, row in zip(self.first, best, self.values, strict=True)
+            if not np.isnan(row).all()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInfluence(Result):
+    """How much single samples move the entries of a similarity matrix: each is left out in turn, exactly.
+
+    Attributes:
+        layers: Names.
+        samples: How many.
+        largest: Shape (n,): the largest absolute change that leaving the sample out makes in any entry.
+        z_score: Shape (n,): the same in units of its spread over samples (median absolute deviation).
+        index: Shape (L, L, k): samples (by place in the loader) with the largest influence on each entry.
+        change: Shape (L, L, k): what leaving each of these out adds to the entry.
+    """
+
+    layers: tuple[str, ...]
+    samples: int
+    largest: Array
+    z_score: Array
+    index: Array
+    change: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("largest", "z_score", "change"):
+            _freeze(self, name)
+        object.__setattr__(self, "index", np.asarray(self.index, dtype=np.int64))
+
+    def outliers(self, threshold: float = 8.0) -> tuple[int, ...]:
+        """Samples whose influence stands out by more than `threshold` spreads, strongest first."""
+        order = np.argsort(-self.z_score, kind="stable")
+        return tuple(int(i) for i in order if self.z_score[i] > threshold)
 
     def to_frame(self) -> Any:
-        """One row per pair of layers: layer_a, layer_b, value, low, high, measure (a pandas DataFrame)."""
+        """One row per sample: sample, largest, z_score (a pandas DataFrame)."""
         import pandas as pd
 
-        rows = [
+        return pd.DataFrame({"sample": np.arange(self.samples), "largest": self.largest, "z_score": self.z_score})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Result):
+    """Whether entries of two matrices differ, or two entries of one.
+
+    Attributes:
+        rows, columns: Names along both axes.
+        values: Shape (R, C): second minus first.
+        low, high: Ends of the confidence interval of each difference.
+        p_value: Shape (R, C): two-sided; of each entry by itself.
+        adjusted: Shape (R, C): by Holm's method over all distinct entries.
+        paired: Whether both saw the same samples, so that what the samples share cancels.
+        level: Confidence of the intervals.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Array
+    low: Array
+    high: Array
+    p_value: Array
+    adjusted: Array
+    paired: bool
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("values", "low", "high", "p_value", "adjusted"):
+            _freeze(self, name)
+
+    def to_frame(self) -> Any:
+        """One row per entry (a pandas DataFrame)."""
+        import pandas as pd
+
+        return pd.DataFrame(
             {
-                "layer_a": a, "layer_b": b, "value": self.values[i, j], "low": self.low[i, j],
-                "high": self.high[i, j], "measure": self.measure,
+                "layer_a": np.repeat(self.rows, len(self.columns)), "layer_b": np.tile(self.columns, len(self.rows)),
+                **{name: getattr(self, name).ravel() for name in ("values", "low", "high", "p_value", "adjusted")},
             }
-            for i, a in enumerate(self.layers)
-            for j, b in enumerate(self.layers)
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmStrip(Result):
+    """The similarity matrices of a run's checkpoints, first to last, on the same samples.
+
+    Attributes:
+        labels: Of the frames, such as `epoch 10`.
+        frames: One matrix per checkpoint, all over the same layers.
+        changes: From each frame to the next; one less than frames.
+    """
+
+    labels: tuple[str, ...]
+    frames: tuple[SimilarityMatrix, ...]
+    changes: tuple[Difference, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        kinds = {"frames": SimilarityMatrix, "changes": Difference}
+        for name, kind in kinds.items():
+            items = [kind(**_without_stamp(i)) if isinstance(i, dict) else i for i in getattr(self, name)]
+            object.__setattr__(self, name, tuple(items))
+
+    def to_frame(self) -> Any:
+        """All matrices in long form with a column `checkpoint` (a pandas DataFrame)."""
+        import pandas as pd
+
+        parts = [m.to_frame().assign(checkpoint=label) for label, m in zip(self.labels, self.frames, strict=True)]
+        return pd.concat(parts, ignore_index=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +476,30 @@ class LayerProfile(Result):
 
         columns = {"layer": self.layers, "value": self.values, "low": self.low, "high": self.high}
         return pd.DataFrame(columns).assign(measure=self.measure)
+
+
+def restore_cautions(cautions: Iterable[Any]) -> tuple[Caution, ...]:
+    """Cautions as objects again after a trip through JSON."""
+    made = [c if isinstance(c, Caution) else Caution(**c) for c in cautions]
+    return tuple(Caution(code=c.code, text=c.text, layers=tuple(c.layers)) for c in made)
+
+
+def _freeze(result: Any, name: str) -> None:
+    """A field as a float64 array that can't be written to; null is NaN."""
+    given = getattr(result, name)
+    array = np.array(given, dtype=np.float64).reshape(np.shape(given))
+    array.setflags(write=False)
+    object.__setattr__(result, name, array)
+
+
+def _without_stamp(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in ("type", "schema")}
+
+
+def _place(name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise UnknownLayerError(f"no layer {name!r} in this matrix; {closest(name, names)}")
+    return names.index(name)
 
 
 def _plain(value: Any) -> Any:
