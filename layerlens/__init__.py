@@ -15,18 +15,36 @@ if TYPE_CHECKING:
     from layerlens.activations import capture as capture
     from layerlens.activations import features as features
     from layerlens.analysis.cka import StreamingCKA as StreamingCKA
-    from layerlens.analysis.cka import WholeSetCKA as WholeSetCKA
-    from layerlens.analysis.cka import cka as cka
-    from layerlens.analysis.cka import cka_matrix as cka_matrix
+    from layerlens.analysis.dimension import effective_rank as effective_rank
+    from layerlens.analysis.dimension import participation_ratio as participation_ratio
+    from layerlens.analysis.dimension import rankme as rankme
     from layerlens.analysis.geometry import alignment as alignment
     from layerlens.analysis.geometry import diversity as diversity
     from layerlens.analysis.geometry import invariance as invariance
     from layerlens.analysis.geometry import uniformity as uniformity
-    from layerlens.analysis.measures import effective_rank as effective_rank
-    from layerlens.analysis.measures import effective_rank_profile as effective_rank_profile
+    from layerlens.analysis.measures import MEASURES as MEASURES
+    from layerlens.analysis.neighbours import mutual_knn as mutual_knn
+    from layerlens.analysis.neighbours import two_nn as two_nn
+    from layerlens.analysis.profiles import measure_layers as measure_layers
     from layerlens.analysis.regions import find_regions as find_regions
+    from layerlens.analysis.resampling import difference as difference
+    from layerlens.analysis.resampling import entry_difference as entry_difference
     from layerlens.analysis.results import Caution as Caution
+    from layerlens.analysis.results import CrossSimilarity as CrossSimilarity
+    from layerlens.analysis.results import FilmStrip as FilmStrip
+    from layerlens.analysis.results import LayerProfile as LayerProfile
+    from layerlens.analysis.results import SampleInfluence as SampleInfluence
     from layerlens.analysis.results import SimilarityMatrix as SimilarityMatrix
+    from layerlens.analysis.rsa import rsa as rsa
+    from layerlens.analysis.similarity import cka_matrix as cka_matrix
+    from layerlens.analysis.similarity import sample_influence as sample_influence
+    from layerlens.analysis.similarity import similarity_matrix as similarity_matrix
+    from layerlens.analysis.subspace import mean_cca as mean_cca
+    from layerlens.analysis.subspace import procrustes as procrustes
+    from layerlens.analysis.subspace import pwcca as pwcca
+    from layerlens.analysis.subspace import svcca as svcca
+    from layerlens.analysis.whole_set import WholeSetCKA as WholeSetCKA
+    from layerlens.analysis.whole_set import cka as cka
     from layerlens.augment.deep import DeepAugmentation as DeepAugmentation
     from layerlens.augment.transforms import remove_principal_components as remove_principal_components
     from layerlens.augment.views import Views as Views
@@ -44,8 +62,10 @@ if TYPE_CHECKING:
     from layerlens.pipeline import analyze_checkpoint as analyze_checkpoint
     from layerlens.pipeline import analyze_run as analyze_run
     from layerlens.pipeline import evaluate as evaluate
+    from layerlens.pipeline import film_strip as film_strip
     from layerlens.recommendation import Recommendation as Recommendation
     from layerlens.recommendation import recommend as recommend
+    from layerlens.recommendation import settled as settled
     from layerlens.report import write_report as write_report
     from layerlens.training.checkpoint import load_into as load_into
     from layerlens.training.config import RunConfig as RunConfig
@@ -55,11 +75,26 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "activations": ("capture", "features"),
-    "analysis.cka": ("StreamingCKA", "WholeSetCKA", "cka", "cka_matrix"),
+    "analysis.cka": ("StreamingCKA",),
+    "analysis.dimension": ("effective_rank", "participation_ratio", "rankme"),
     "analysis.geometry": ("alignment", "diversity", "invariance", "uniformity"),
-    "analysis.measures": ("effective_rank", "effective_rank_profile"),
+    "analysis.measures": ("MEASURES",),
+    "analysis.neighbours": ("mutual_knn", "two_nn"),
+    "analysis.profiles": ("measure_layers",),
     "analysis.regions": ("find_regions",),
-    "analysis.results": ("Caution", "SimilarityMatrix"),
+    "analysis.resampling": ("difference", "entry_difference"),
+    "analysis.results": (
+        "Caution",
+        "CrossSimilarity",
+        "FilmStrip",
+        "LayerProfile",
+        "SampleInfluence",
+        "SimilarityMatrix",
+    ),
+    "analysis.rsa": ("rsa",),
+    "analysis.similarity": ("cka_matrix", "sample_influence", "similarity_matrix"),
+    "analysis.subspace": ("mean_cca", "procrustes", "pwcca", "svcca"),
+    "analysis.whole_set": ("WholeSetCKA", "cka"),
     "augment.deep": ("DeepAugmentation",),
     "augment.transforms": ("remove_principal_components",),
     "augment.views": ("Views",),
@@ -69,8 +104,8 @@ _HOMES = {
     "evaluation.probe": ("probe_accuracy",),
     "layers": ("discover",),
     "models": ("build_model", "reinitialized"),
-    "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate"),
-    "recommendation": ("Recommendation", "recommend"),
+    "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate", "film_strip"),
+    "recommendation": ("Recommendation", "recommend", "settled"),
     "report": ("write_report",),
     "training.checkpoint": ("load_into",),
     "training.config": ("RunConfig",),

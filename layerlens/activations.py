@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from layerlens.devices import device_of
 from layerlens.errors import DataError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover, main_tensor, run_batch, select
 from layerlens.models import head_name
+from layerlens.reduction import Reduction
 from layerlens.untouched import untouched
 
 OUTPUT = "output"
@@ -78,6 +81,34 @@ def capture(model: nn.Module, layers: Sequence[str], hand: Callable[[int, Tensor
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Look:
+    """One model to run and what to take from it.
+
+    Attributes:
+        model: Any module, on any device; batches are moved to it.
+        layers: A selection, see `layers.select`.
+        forward: How to run one batch; `run_batch` by default, and then nothing runs behind the last chosen layer.
+    """
+
+    model: nn.Module
+    layers: str | Sequence[str] = "auto"
+    forward: Forward | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a sweep went over.
+
+    Attributes:
+        batches: How many.
+        sample_id: Digest of the batches' contents, in their order.
+    """
+
+    batches: int
+    sample_id: str
+
+
 def sweep(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -85,91 +116,157 @@ def sweep(
     begin: Callable[[list[Layer]], Consumer],
     *,
     forward: Forward | None = None,
-) -> None:
-    """Run a model over batches in eval mode and hand every chosen layer to a consumer; the model is left as it was.
-
-    A batch with an `attention_mask` has its token layers, shape (n, t, d), averaged over the tokens that the mask
-    keeps, so that padding never counts.
+    reduce: Reduction = Reduction(),  # noqa: B008
+) -> Seen:
+    """Run one model over batches, see `sweep_models`.
 
     Args:
-        model: Any module, on any device; batches are moved to it.
-        loader: Batches as `run_batch` takes them, read exactly once.
-        layers: A selection, see `layers.select`.
+        model, layers, forward: As for `Look`.
+        loader, reduce: As for `sweep_models`.
         begin: Makes the consumer once the layers are known.
-        forward: How to run one batch; `run_batch` by default.
+    """
+    return sweep_models([Look(model, layers, forward)], loader, lambda chosen: begin(chosen[0]), reduce=reduce)
+
+
+def sweep_models(
+    looks: Sequence[Look],
+    loader: Iterable[Batch],
+    begin: Callable[[list[list[Layer]]], Consumer],
+    *,
+    reduce: Reduction = Reduction(),  # noqa: B008
+    enough: Callable[[], bool] | None = None,
+) -> Seen:
+    """Run models over the same batches in eval mode and hand every chosen layer to a consumer.
+
+    The models are left as they were. Layers are numbered through: those of the first model, then of the second.
+
+    Args:
+        looks: The models.
+        loader: Batches as `run_batch` takes them, read at most once.
+        begin: Makes the consumer once the layers of each model are known.
+        reduce: How outputs become rows. With an `attention_mask` in the batch, padding never counts.
+        enough: Asked after each batch whether to stop.
 
     Raises:
         DataError: The loader is empty.
         ShapeError: A layer whose first dimension is not the samples.
         UnknownLayerError: A chosen layer that does not run, or runs more often in a later batch.
     """
-    run = forward or run_batch
-    device = device_of(model)
+    passes: list[_Pass] = []
     consumer: Consumer | None = None
-    chosen: list[Layer] = []
-    arrange: Callable[[Batch], Batch] = _as_it_is
-    with untouched(model), torch.no_grad():
-        model.eval()
+    checksums: list[Tensor] = []
+    with ExitStack() as stack:
+        for look in looks:
+            stack.enter_context(untouched(look.model))
+        stack.enter_context(torch.no_grad())
+        for look in looks:
+            look.model.eval()
         for number, raw in enumerate(loader):
-            batch = to_device(raw, device)
             if consumer is None:
-                found, arrange = _first_look(model, batch, forward)
-                chosen = select(model, found, layers)
-                consumer = begin(chosen)
-            batch = arrange(batch)
-            hand = _Hand(consumer, chosen, batch, number)
-            with capture(model, [layer.name for layer in chosen], hand):
-                run(model, batch)
-            hand.finish()
+                for look in looks:
+                    passes.append(_Pass(look, raw, sum(len(p.layers) for p in passes)))
+                consumer = begin([p.layers for p in passes])
+            counts = [p.run(raw, number, consumer, reduce) for p in passes]
+            if reduce.kind == "positions":
+                consumer.counts = counts[0]  # type: ignore[attr-defined]
+            consumer.end_batch()
+            checksums.append(_checksum(raw))
+            if enough is not None and enough():
+                break
     if consumer is None:
         raise DataError("the loader yielded no batch")
+    return Seen(len(checksums), _digest(checksums))
+
+
+class _AllSeen(BaseException):
+    """The last chosen layer has been handed over; no error, and not to be caught by a model."""
+
+
+class _Pass:
+    """One model's part in a sweep."""
+
+    def __init__(self, look: Look, raw: Batch, offset: int) -> None:
+        self.look, self.offset, self.device = look, offset, device_of(look.model)
+        found, self.arrange = _first_look(look.model, to_device(raw, self.device), look.forward)
+        self.layers = select(look.model, found, look.layers)
+        whole = type(look.model).__name__ in ("OptimizedModule", "DataParallel") or not self.layers
+        self.stops = look.forward is None and not whole and self.layers[-1].name != found[-1].name
+
+    def run(self, raw: Batch, number: int, consumer: Consumer, reduce: Reduction) -> Tensor | None:
+        batch = self.arrange(to_device(raw, self.device))
+        hand = _Hand(self, consumer, batch, number, reduce)
+        with capture(self.look.model, [layer.name for layer in self.layers], hand):
+            with suppress(_AllSeen):
+                (self.look.forward or run_batch)(self.look.model, batch)
+        hand.finish()
+        return hand.counts
 
 
 class _Hand:
     """Checks one batch's outputs on their way to the consumer."""
 
-    def __init__(self, consumer: Consumer, layers: list[Layer], batch: Batch, number: int) -> None:
-        self.consumer, self.layers, self.number = consumer, layers, number
+    def __init__(self, owner: _Pass, consumer: Consumer, batch: Batch, number: int, reduce: Reduction) -> None:
+        self.owner, self.consumer, self.number, self.reduce = owner, consumer, number, reduce
         first = main_tensor(batch)
         if first is None or not first.ndim:
             raise ShapeError(f"batch {number} holds no tensor of samples")
         self.samples, self.seen = first.shape[0], Counter[int]()
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.counts: Tensor | None = None
 
     def __call__(self, position: int, output: Tensor) -> None:
         self.seen[position] += 1
-        name = self.layers[position].name
+        name = self.owner.layers[position].name
         if not output.ndim or output.shape[0] != self.samples:
             raise ShapeError(
                 f"layer {name!r} returned shape {tuple(output.shape)} for a batch of {self.samples}; "
                 "its first dimension must be the samples"
             )
-        if self.mask is not None and output.ndim == 3 and output.shape[:2] == self.mask.shape:
-            output = masked_mean(output, self.mask)
-        self.consumer.take(position, output)
+        try:
+            rows = self.reduce(output, self.mask)
+        except ShapeError as error:
+            raise ShapeError(f"layer {name!r}: {error}") from error
+        if self.reduce.kind == "positions":
+            self._count(name, output)
+        self.consumer.take(self.owner.offset + position, rows)
+        if self.owner.stops and len(self.seen) == len(self.owner.layers) and max(self.seen.values()) == 1:
+            raise _AllSeen
 
     def finish(self) -> None:
-        for position, layer in enumerate(self.layers):
+        for position, layer in enumerate(self.owner.layers):
             if self.seen[position] != 1:
                 raise UnknownLayerError(
                     f"layer {layer.name!r} ran {self.seen[position]} times in batch {self.number} but once in the "
                     "first; choose layers that run in every pass"
                 )
-        self.consumer.end_batch()
+
+    def _count(self, name: str, output: Tensor) -> None:
+        counts = self.reduce.counts(output, self.mask)
+        if self.counts is None:
+            self.counts = counts
+        elif counts is not None and counts.shape == self.counts.shape and int(counts[0]) != int(self.counts[0]):
+            raise ShapeError(
+                f"layer {name!r} has {int(counts[0])} positions per sample and an earlier layer "
+                f"{int(self.counts[0])}: they can't be compared position by position; average the maps to one grid "
+                "with reduce='positions,grid=4', or choose layers of one resolution"
+            )
 
 
-def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that a mask keeps.
+def _checksum(batch: Batch) -> Tensor:
+    """One number for a batch's contents and their order, on its device."""
+    tensor = main_tensor(batch)
+    if tensor is None or not tensor.ndim:
+        return torch.zeros((), dtype=torch.float64)
+    rows = tensor.reshape(len(tensor), -1)
+    rows = rows.abs() if rows.is_complex() else rows
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32).sqrt()
+    sums = rows.float() @ weights
+    return (sums.double() * torch.arange(1, len(sums) + 1, device=rows.device).sqrt()).sum()
 
-    Args:
-        tokens: Shape (n, t, d).
-        mask: Shape (n, t); 1 for a token, 0 for padding.
 
-    Returns:
-        Shape (n, d); what stands at a padded place has no influence, NaN included.
-    """
-    keep = mask.bool().unsqueeze(-1)
-    return torch.where(keep, tokens.float(), 0.0).sum(1) / keep.sum(1).clamp_min(1)
+def _digest(checksums: Sequence[Tensor]) -> str:
+    numbers = [f"{float(value):.6e}" for value in torch.stack([c.cpu() for c in checksums])]
+    return hashlib.sha256(" ".join(numbers).encode()).hexdigest()[:16]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

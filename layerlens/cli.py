@@ -40,6 +40,10 @@ def analysis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--split", default="test", show_default=True, help="test or train."),
         click.option("--kernel", default="linear", show_default=True, help="linear or rbf."),
         click.option("--estimator", default="minibatch", show_default=True, help="minibatch, debiased or biased."),
+        click.option("--reduce", default="flatten", show_default=True, help="flatten, pool or positions[,grid=N]."),
+        click.option(
+            "--memory-mib", default=2048.0, show_default=True, help="Bound for measures over all samples at once."
+        ),
         click.option("--seed", default=0, show_default=True, help="Of images, views, twin and resampling."),
     ]
     for option in reversed(options):
@@ -139,6 +143,14 @@ def train(config_file: str | None, out: str | None, device: str, download: bool,
 @checkpoint_option
 @data_option
 @analysis_options
+@click.option(
+    "--measure", "measures", multiple=True, help="One of `layerlens measures`, with options; may be repeated."
+)
+@click.option("--permutations", default=0, help="Wrong pairings for the null of each entry.")
+@click.option("--groups", default=10, show_default=True, help="Of samples, for intervals of measures other than CKA.")
+@click.option("--tolerance", type=float, help="Stop once every interval reaches at most this far to either side.")
+@click.option("--settle", type=click.Choice(["recommendation"]), help="Stop once the advice is settled.")
+@click.option("--influence", is_flag=True, help="Also say which images move the CKA matrix most.")
 @click.option("--out", type=click.Path(), help="Folder; analysis/CHECKPOINT beside the run by default.")
 @device_option
 @download_option
@@ -147,6 +159,7 @@ def analyze(
     model: str | None,
     checkpoint: str | None,
     data: str,
+    measures: tuple[str, ...],
     out: str | None,
     device: str,
     download: bool,
@@ -155,11 +168,18 @@ def analyze(
 ) -> None:
     """Look at a checkpoint: CKA, geometry, rank.
 
-    The CKA matrix with confidence intervals, alignment, uniformity and effective rank, as JSON and figures.
+    The CKA matrix with confidence intervals, alignment, uniformity and effective rank, as JSON and figures; or, with
+    --measure, any other measure.
     """
     from layerlens import figures
 
     folder = Path(out) if out else _beside(checkpoint, model)
+    extras = {name: look.pop(name) for name in ("permutations", "groups", "tolerance", "settle", "influence")}
+    if measures or extras["influence"]:
+        _measure(model, checkpoint, data, device, download, measures, folder, as_json, extras, look)
+        return
+    if extras["permutations"] or extras["tolerance"] is not None or extras["settle"]:
+        raise click.UsageError("--permutations, --tolerance and --settle go with --measure, such as --measure cka")
     found, _ = _analysis(model, checkpoint, data, device, download, twin=False, folder=folder, **look)
     figures.save_figure(figures.heatmap(found.cka, title=found.label), folder / "similarity", found.cka)
     figures.save_figure(
@@ -177,6 +197,117 @@ def analyze(
     g = found.geometry
     click.echo(f"\nalignment {g.alignment:.4f}   uniformity {g.uniformity:.4f}   ({g.samples} images, {g.split} split)")
     click.echo(f"intervals, figures and JSON: {folder}")
+
+
+@cli.command()
+@json_option
+def measures(as_json: bool) -> None:
+    """List every measure: range, direction, invariances, cost, source."""
+    from layerlens.analysis.measures import MEASURES
+
+    if as_json:
+        click.echo(json.dumps([_declared(measure) for measure in MEASURES.values()], allow_nan=False))
+        return
+    for measure in MEASURES.values():
+        options = ", ".join(f"{name}={value}" for name, value in measure.options.items())
+        click.echo(f"{measure.name}: {measure.about}")
+        click.echo(
+            f"  of {measure.over}; {_range(measure)}; higher is {measure.higher}; by {', '.join(measure.estimators)}"
+        )
+        click.echo(f"  unchanged by {', '.join(measure.invariances)}")
+        click.echo(f"  cost {measure.cost}" + (f"; options {options}" if options else ""))
+        click.echo(f"  {measure.source}; checked against {measure.oracle}\n")
+
+
+@cli.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--model", "model_a", help="Architecture of A, where its checkpoint is not layerlens' own.")
+@click.option("--other-model", "model_b", help="Architecture of B, likewise; that of A by default.")
+@data_option
+@analysis_options
+@click.option("--other-layers", help="Layers of B; as for A by default.")
+@click.option("--measure", default="cka", show_default=True, help="One of `layerlens measures` over pairs.")
+@click.option("--permutations", default=0, help="Wrong pairings for the null of each entry.")
+@click.option("--groups", default=10, show_default=True, help="Of samples, for intervals of measures other than CKA.")
+@click.option("--out", type=click.Path(), help="Folder for JSON and figures; ./compare by default.")
+@device_option
+@download_option
+@json_option
+def compare(
+    first: str,
+    second: str,
+    model_a: str | None,
+    model_b: str | None,
+    data: str,
+    device: str,
+    download: bool,
+    out: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare all layers of A with all layers of B.
+
+    Each is a checkpoint or a model name; architectures may differ.
+    """
+    from layerlens import figures
+    from layerlens.data import load_data
+    from layerlens.devices import pick_device
+    from layerlens.pipeline import Settings
+    from layerlens.pipeline import compare as across
+
+    extras = {name: given.pop(name) for name in ("other_layers", "measure", "permutations", "groups")}
+    settings, where, dataset = Settings(**given), pick_device(device), load_data(data, download=download)
+    one = _network(first, model_a, dataset, settings.seed)
+    two = _network(second, model_b or model_a, dataset, settings.seed)
+    labels = _two_labels(first, second)
+    found = across(one.to(where), two.to(where), dataset, settings=settings, labels=labels, watch=_watch, **extras)
+    folder = Path(out or "compare")
+    title = f"{labels[0]} and {labels[1]}"
+    figures.save_figure(figures.heatmap(found, title=title), folder / f"{found.measure}", found)
+    if as_json:
+        click.echo(found.to_json())
+        return
+    _show(_matrix_rows(found), False, ["layer", *found.columns])
+    _tell(found, folder)
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@analysis_options
+@click.option("--measure", default="cka", show_default=True, help="One of `layerlens measures` over pairs.")
+@click.option("--model", help="Specification, where the run's model is somebody's factory.")
+@click.option("--data", help="Where the run's data are now, if they moved.")
+@click.option("--out", type=click.Path(), help="Folder; the run's analysis/ by default.")
+@device_option
+@json_option
+def film(
+    run: str,
+    measure: str,
+    model: str | None,
+    data: str | None,
+    out: str | None,
+    device: str,
+    as_json: bool,
+    **look: Any,
+) -> None:
+    """Show how the similarity matrix of RUN changes over its checkpoints."""
+    from layerlens import figures
+    from layerlens.data import load_data
+    from layerlens.devices import pick_device
+    from layerlens.pipeline import Settings, film_strip
+
+    strip = film_strip(
+        run, dataset=load_data(data) if data else None, model=model, measure=measure, settings=Settings(**look),
+        device=pick_device(device), watch=_watch,
+    )  # fmt: skip
+    folder = Path(out) if out else Path(run) / "analysis"
+    figures.save_figure(figures.film_strip(strip), folder / "film", strip)
+    if as_json:
+        click.echo(strip.to_json())
+        return
+    _show(_film_rows(strip), False)
+    click.echo(f"\nmatrices, tests of each change and figure: {folder}")
 
 
 @cli.command()
@@ -360,6 +491,150 @@ def _analysis(
     )  # fmt: skip
 
 
+def _measure(
+    model: str | None,
+    checkpoint: str | None,
+    data: str,
+    device: str,
+    download: bool,
+    measures: Sequence[str],
+    folder: Path,
+    as_json: bool,
+    extras: dict[str, Any],
+    look: dict[str, Any],
+) -> None:
+    """Any measures of a checkpoint: print them, and keep JSON and figure of each."""
+    from layerlens import figures
+    from layerlens.analysis.measures import parse_measure
+    from layerlens.analysis.results import SimilarityMatrix
+    from layerlens.data import load_data
+    from layerlens.devices import pick_device
+    from layerlens.pipeline import Settings, influence_of_samples, measure_network
+    from layerlens.recommendation import settled
+    from layerlens.training.checkpoint import write_json
+
+    if not model and not checkpoint:
+        raise click.UsageError("give --checkpoint, --model, or both")
+    settings, influence = Settings(**look), extras.pop("influence")
+    extras["settle"] = settled(settings.level, seed=settings.seed) if extras["settle"] else None
+    pairs = [name for name in measures if parse_measure(name)[0].over == "pairs"]
+    if not pairs and (extras["permutations"] or extras["tolerance"] is not None or extras["settle"]):
+        raise click.UsageError(
+            "--permutations, --tolerance and --settle need a measure of pairs, such as --measure cka"
+        )
+    single = {"groups": extras["groups"]}
+    dataset = load_data(data, download=download)
+    network = _network(checkpoint or str(model), model, dataset, settings.seed).to(pick_device(device))
+    found: list[Any] = []
+    for measure in dict.fromkeys(measures):
+        more = extras if measure in pairs else single
+        result = measure_network(network, dataset, measure, settings=settings, watch=_watch, **more)
+        matrix = isinstance(result, SimilarityMatrix)
+        drawn = figures.heatmap(result) if matrix else figures.layer_profile({str(model or checkpoint): result})
+        figures.save_figure(drawn, folder / result.measure, result)
+        found.append(result)
+    if influence:
+        found.append(influence_of_samples(network, dataset, settings, watch=_watch))
+        write_json(folder / "influence.json", found[-1].to_dict())
+    if as_json:
+        rows = [result.to_dict() for result in found]
+        click.echo(json.dumps(rows if len(rows) > 1 else rows[0], allow_nan=False))
+        return
+    for result in found:
+        _print(result)
+    click.echo(f"intervals, figures and JSON: {folder}")
+
+
+def _print(result: Any) -> None:
+    from layerlens.analysis.results import SampleInfluence, SimilarityMatrix
+
+    if isinstance(result, SimilarityMatrix):
+        click.echo(f"{result.measure} ({result.samples} rows, {result.estimator}, {result.reduce})")
+        _show(_matrix_rows(result), False, ["layer", *result.layers])
+        _tell(result, None)
+    elif isinstance(result, SampleInfluence):
+        order = sorted(range(result.samples), key=lambda i: -result.largest[i])[:10]
+        _show(
+            [
+                {"sample": i, "largest_change": float(result.largest[i]), "z_score": float(result.z_score[i])}
+                for i in order
+            ],
+            False,
+        )
+        stand_out = result.outliers()
+        click.echo(f"{len(stand_out)} of {result.samples} samples stand out")
+    else:
+        rows = [{"layer": n, result.measure: v, "low": a, "high": b} for n, v, a, b in _profile_rows(result)]
+        _show(rows, False, ["layer", result.measure, "low", "high"])
+        for caution in result.cautions:
+            click.echo(f"{caution.code} {caution.text}")
+    click.echo()
+
+
+def _tell(matrix: Any, folder: Path | None) -> None:
+    """What stands behind a matrix, below its table."""
+    import numpy as np
+
+    finite = np.isfinite(matrix.high)
+    if finite.any():
+        reach = float(np.max((matrix.high - matrix.low)[finite]) / 2)
+        click.echo(f"{matrix.level:.0%} intervals reach up to ±{reach:.3f}; {matrix.samples} rows")
+    if matrix.null is not None:
+        share = float(np.mean(matrix.null.p_value[np.isfinite(matrix.null.p_value)] < 1 - matrix.null.level))
+        click.echo(f"{share:.0%} of the entries lie beyond their permutation null")
+    for caution in matrix.cautions:
+        click.echo(f"{caution.code} {caution.text}")
+    if folder is not None:
+        click.echo(f"intervals, figure and JSON: {folder}")
+
+
+def _network(what: str, model: str | None, dataset: Any, seed: int) -> Any:
+    """A network from a checkpoint file, or from a model's name."""
+    from layerlens.training.network import load_network
+
+    if Path(what).exists() or Path(what).suffix in (".safetensors", ".pt", ".pth", ".ckpt"):
+        return load_network(what, model=model, dataset=dataset, seed=seed)[0]
+    return load_network(None, model=what, dataset=dataset, seed=seed)[0]
+
+
+def _two_labels(first: str, second: str) -> tuple[str, str]:
+    """Short names that differ: file stems, with their run in front where those are the same."""
+    names = [Path(name).stem if Path(name).exists() else name for name in (first, second)]
+    if names[0] == names[1]:
+        names = [str(Path(name).with_suffix("")) for name in (first, second)]
+    return (names[0], names[1]) if names[0] != names[1] else (f"{names[0]} (A)", f"{names[1]} (B)")
+
+
+def _film_rows(strip: Any) -> list[dict[str, Any]]:
+    """Per checkpoint the mean similarity of neighbouring layers and of all, and how many entries changed since."""
+    import numpy as np
+
+    rows = []
+    for k, (label, frame) in enumerate(zip(strip.labels, strip.frames, strict=True)):
+        upper = np.triu_indices(len(frame.layers), 1)
+        change = strip.changes[k - 1] if k and strip.changes else None
+        rows.append(
+            {
+                "checkpoint": label, "neighbours": float(np.nanmean(frame.values.diagonal(1))),
+                "all_pairs": float(np.nanmean(frame.values[upper])),
+                "entries_changed": int((change.adjusted[upper] < 1 - change.level).sum()) if change else None,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _declared(measure: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    known = {**asdict(measure), "options": dict(measure.options)}
+    return {k: None if isinstance(v, float) and abs(v) == float("inf") else v for k, v in known.items() if k != "home"}
+
+
+def _range(measure: Any) -> str:
+    low, high = (f"{end:.4g}" if abs(end) != float("inf") else "∞" for end in (measure.low, measure.high))
+    return f"from {low} to {high}" if high != "∞" else f"from {low}"
+
+
 def _beside(checkpoint: str | None, model: str | None) -> Path:
     """`RUN/analysis/CHECKPOINT` for a run's checkpoint, `analysis/CHECKPOINT` or `analysis/MODEL` for any other."""
     path = Path(checkpoint or str(model).replace("/", "_").replace(":", "_"))
@@ -434,8 +709,8 @@ def _cell(value: Any) -> str:
 
 def _matrix_rows(matrix: Any) -> list[dict[str, Any]]:
     return [
-        {"layer": name, **dict(zip(matrix.layers, map(float, row), strict=True))}
-        for name, row in zip(matrix.layers, matrix.values, strict=True)
+        {"layer": name, **dict(zip(matrix.columns, map(float, row), strict=True))}
+        for name, row in zip(matrix.rows, matrix.values, strict=True)
     ]
 
 

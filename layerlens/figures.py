@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerlens.analysis.measures import MEASURES
 from layerlens.analysis.regions import RegionSet
-from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
+from layerlens.analysis.results import CrossSimilarity, FilmStrip, Geometry, LayerProfile, Result, SimilarityMatrix
 from layerlens.errors import ShapeError
 from layerlens.training.checkpoint import write_atomically, write_json
 
@@ -32,7 +33,7 @@ _TARGET = "#E41A1C"
 
 
 def heatmap(
-    matrix: SimilarityMatrix,
+    matrix: SimilarityMatrix | CrossSimilarity,
     *,
     regions: RegionSet | None = None,
     targets: Sequence[Target] = (),
@@ -43,11 +44,12 @@ def heatmap(
     """Similarity of all pairs of layers; black frames are regions, red marks are recommended targets.
 
     A red triangle on the diagonal points right at a target with stop-gradient and left at one without. Layer order
-    is the network's; the origin is at the lower left, as in the paper's figures. The scale is [0, 1], so that
-    figures compare; grey means no value.
+    is the network's; the origin is at the lower left, as in the paper's figures. The scale is the measure's range
+    from no similarity on, [0, 1] for CKA, so that figures compare; bright is alike, also for a distance; grey means
+    no value.
 
     Args:
-        matrix: What to draw.
+        matrix: What to draw, of one model or two.
         regions: Supported ones get a solid frame, others a dotted one.
         targets: From a `Recommendation`.
         title: Above the axes.
@@ -58,33 +60,35 @@ def heatmap(
     from matplotlib.patches import Rectangle
 
     with _style():
-        count = len(matrix.layers)
-        side = min(3.2 + 0.22 * count, 9.0)
-        axes = ax or plt.subplots(figsize=(side + 0.7, side), layout="constrained")[1]
-        colours = plt.get_cmap("viridis").with_extremes(bad="0.75")
-        image = axes.imshow(np.ma.masked_invalid(matrix.values), vmin=0, vmax=1, cmap=colours, origin="lower")
-        axes.set_xticks(range(count), [f"{name}  {i}" for i, name in enumerate(matrix.layers)], rotation=90)
-        axes.set_yticks(range(count), [f"{name}  {i}" for i, name in enumerate(matrix.layers)])
+        rows, columns = len(matrix.rows), len(matrix.columns)
+        high, wide = (min(3.2 + 0.22 * count, 9.0) for count in (rows, columns))
+        axes = ax or plt.subplots(figsize=(wide + 0.7, high), layout="constrained")[1]
+        low, top, colours = _scale(matrix)
+        image = axes.imshow(np.ma.masked_invalid(matrix.values), vmin=low, vmax=top, cmap=colours, origin="lower")
+        axes.set_xticks(range(columns), [f"{name}  {i}" for i, name in enumerate(matrix.columns)], rotation=90)
+        axes.set_yticks(range(rows), [f"{name}  {i}" for i, name in enumerate(matrix.rows)])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        if count <= 12:
+        if max(rows, columns) <= 12:
             _annotate(axes, matrix)
+        if isinstance(matrix, CrossSimilarity):
+            axes.set(xlabel=matrix.labels[1], ylabel=matrix.labels[0])
         for region in regions.regions if regions else ():
-            first, last = (matrix.layers.index(region.layers[k]) for k in (0, -1))
+            first, last = (matrix.rows.index(region.layers[k]) for k in (0, -1))
             size = last - first + 1
             line = "-" if region.supported else ":"
             frame = Rectangle((first - 0.5, first - 0.5), size, size, fill=False, ec="black", lw=1.8, ls=line)
             frame.set_clip_on(False)
             axes.add_patch(frame)
         for target in targets:
-            place = matrix.layers.index(target.layer)
+            place = matrix.rows.index(target.layer)
             marker = ">" if target.stop_gradient else "<"
             axes.plot(place, place, marker=marker, ms=9, mfc=_TARGET, mec="white", mew=0.9, ls="")
             for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
                 labels[place].set_color(_TARGET)
-        axes.set_title(title if title is not None else f"{matrix.kernel} CKA, {matrix.samples} samples")
+        axes.set_title(title if title is not None else f"{_name_of(matrix)}, {matrix.samples} samples")
         if colorbar:
-            axes.figure.colorbar(image, ax=axes, shrink=0.8, label="CKA")
+            axes.figure.colorbar(image, ax=axes, shrink=0.8, label=_quantity(matrix))
     return axes
 
 
@@ -115,7 +119,44 @@ def heatmaps(
                 matrix, regions=(regions or {}).get(title), targets=(targets or {}).get(title, ()), title=title,
                 ax=axes, colorbar=False,
             )  # fmt: skip
-        figure.colorbar(row[0][0].images[0], ax=list(row[0]), shrink=0.8, label="CKA")
+        first = next(iter(matrices.values()))
+        figure.colorbar(row[0][0].images[0], ax=list(row[0]), shrink=0.8, label=_quantity(first))
+    return figure
+
+
+def film_strip(strip: FilmStrip, *, columns: int = 6) -> Figure:
+    """The matrices of a run's checkpoints, first to last, on one scale.
+
+    Args:
+        strip: From `pipeline.film_strip`.
+        columns: Frames per row.
+    """
+    import matplotlib.pyplot as plt
+
+    if not strip.frames:
+        raise ShapeError("no frame to draw")
+    with _style():
+        count = len(strip.frames)
+        across = min(columns, count)
+        down = -(-count // across)
+        layers = len(strip.frames[0].layers)
+        side = min(2.0 + 0.1 * layers, 4.0)
+        figure, grid = plt.subplots(
+            down, across, figsize=(side * across + 1.6, side * down + 0.8), layout="constrained", squeeze=False
+        )
+        for place, axes in enumerate(grid.flat):
+            if place >= count:
+                axes.set_visible(False)
+                continue
+            matrix, (low, top, colours) = strip.frames[place], _scale(strip.frames[0])
+            axes.imshow(np.ma.masked_invalid(matrix.values), vmin=low, vmax=top, cmap=colours, origin="lower")
+            axes.set_title(strip.labels[place])
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            named = place % across == 0
+            axes.set_yticks(range(layers), matrix.layers if named else [""] * layers)
+            axes.set_xticks(range(layers), range(layers), fontsize=6)
+        figure.colorbar(grid[0][0].images[0], ax=list(grid.flat), shrink=0.8, label=_quantity(strip.frames[0]))
     return figure
 
 
@@ -166,8 +207,10 @@ def layer_profile(profiles: Mapping[str, LayerProfile], *, ax: Axes | None = Non
             axes.plot(place, profile.values, "o-", ms=4, color=colour, label=label)
             axes.fill_between(place, profile.low, profile.high, color=colour, alpha=0.2, lw=0)
         axes.set_xticks(place, layers, rotation=90 if len(layers) > 8 else 45)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(next(iter(profiles.values())).measure.replace("_", " "))
+        first = next(iter(profiles.values()))
+        if MEASURES[first.measure].low >= 0:
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel(first.measure.replace("_", " "))
         axes.legend(frameon=False)
     return axes
 
@@ -239,13 +282,37 @@ def _by_label(source: Any) -> Any:
     return source
 
 
-def _annotate(axes: Axes, matrix: SimilarityMatrix) -> None:
-    small = 7 if len(matrix.layers) <= 8 else 5.5
+def _scale(matrix: SimilarityMatrix | CrossSimilarity) -> tuple[float, float, Any]:
+    """Limits and colours from the measure: bright is alike."""
+    import matplotlib.pyplot as plt
+
+    measure = MEASURES[matrix.measure]
+    colours = plt.get_cmap("viridis" if measure.higher_is_alike else "viridis_r").with_extremes(bad="0.75")
+    return max(measure.low, 0.0), measure.high, colours
+
+
+def _name_of(matrix: SimilarityMatrix | CrossSimilarity) -> str:
+    if matrix.measure == "cka":
+        return f"{matrix.options.get('kernel', 'linear')} CKA"
+    return matrix.measure.replace("_", " ")
+
+
+def _quantity(matrix: SimilarityMatrix | CrossSimilarity) -> str:
+    measure = MEASURES[matrix.measure]
+    name = "CKA" if matrix.measure == "cka" else matrix.measure.replace("_", " ")
+    return name if measure.higher_is_alike else f"{name} ({measure.higher})"
+
+
+def _annotate(axes: Axes, matrix: SimilarityMatrix | CrossSimilarity) -> None:
+    small = 7 if len(matrix.rows) <= 8 else 5.5
+    (low, top, _), alike = _scale(matrix), MEASURES[matrix.measure].higher_is_alike
     for i, j in np.ndindex(*matrix.values.shape):
         value = matrix.values[i, j]
-        if i != j and np.isfinite(value):
+        if (i != j or isinstance(matrix, CrossSimilarity)) and np.isfinite(value):
             text = f"{value:.2f}".replace("0.", ".", 1)
-            axes.text(j, i, text, ha="center", va="center", fontsize=small, color="white" if value < 0.6 else "black")
+            share = (value - low) / (top - low)
+            dark = (share if alike else 1 - share) < 0.6
+            axes.text(j, i, text, ha="center", va="center", fontsize=small, color="white" if dark else "black")
 
 
 def _cycle() -> Iterator[str]:

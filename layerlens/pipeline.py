@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +12,23 @@ import torch
 from torch import nn
 
 from layerlens.activations import features
-from layerlens.analysis.cka import ESTIMATORS, KERNELS, cka_matrix
+from layerlens.analysis.cka import ESTIMATORS
 from layerlens.analysis.geometry import alignment, uniformity
-from layerlens.analysis.measures import effective_rank_profile
-from layerlens.analysis.results import Geometry, LayerProfile, Result, SimilarityMatrix
+from layerlens.analysis.kernels import KERNELS
+from layerlens.analysis.measures import parse_measure
+from layerlens.analysis.profiles import measure_layers
+from layerlens.analysis.resampling import difference
+from layerlens.analysis.results import (
+    CrossSimilarity,
+    Difference,
+    FilmStrip,
+    Geometry,
+    LayerProfile,
+    Result,
+    SampleInfluence,
+    SimilarityMatrix,
+)
+from layerlens.analysis.similarity import Settle, sample_influence, similarity_matrix
 from layerlens.augment.views import Views, usual_views
 from layerlens.data import SPLITS, Batches, Dataset, load_data, to_unit
 from layerlens.devices import device_of
@@ -25,6 +39,7 @@ from layerlens.evaluation.probe import probe_accuracy
 from layerlens.models import head_name
 from layerlens.provenance import provenance
 from layerlens.recommendation import Recommendation, recommend
+from layerlens.reduction import make_reduction
 from layerlens.training.checkpoint import fingerprint, read_json, write_json
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, read_metrics, read_result, train
@@ -45,6 +60,8 @@ class Settings:
         batch_size: Images per batch.
         split: `test` or `train`. No labels are used.
         kernel, estimator: Of the CKA, see `cka_matrix`.
+        reduce: How maps become rows: `flatten`, `pool` or `positions`, see `reduction.Reduction`.
+        memory_mib: Bound for measures over all samples at once.
         level: Confidence of all intervals.
         seed: Of the choice of images, their views, the twin's weights and the resampling.
     """
@@ -55,6 +72,8 @@ class Settings:
     split: str = "test"
     kernel: str = "linear"
     estimator: str = "minibatch"
+    reduce: str = "flatten"
+    memory_mib: float = 2048
     level: float = 0.95
     seed: int = 0
 
@@ -68,6 +87,14 @@ class Settings:
             raise ConfigError(f"seed={self.seed}; allowed: 0 to 2**63 - 1")
         if not 0 < self.level < 1:
             raise ConfigError(f"level={self.level}; allowed: between 0 and 1")
+        if not self.memory_mib > 0:
+            raise ConfigError(f"memory_mib={self.memory_mib}; allowed: above 0")
+        make_reduction(self.reduce)
+
+    @property
+    def cka(self) -> str:
+        """The measure with its options."""
+        return f"cka,kernel={self.kernel},estimator={self.estimator}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +182,12 @@ def analyze(
     """
     chosen, see = settings or Settings(), watch or _silent
     batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
-    matrix = cka_matrix(
-        network, see(batches, f"CKA {label}"), chosen.layers, kernel=chosen.kernel, estimator=chosen.estimator,
-        level=chosen.level,
+    matrix = similarity_matrix(
+        network, see(batches, f"CKA {label}"), chosen.layers, measure=chosen.cka, reduce=chosen.reduce,
+        memory_mib=chosen.memory_mib, level=chosen.level, seed=chosen.seed,
     )  # fmt: skip
-    rank = effective_rank_profile(network, see(batches, f"rank {label}"), chosen.layers, level=chosen.level)
+    assert isinstance(matrix, SimilarityMatrix)
+    rank = measure_layers(network, see(batches, f"rank {label}"), chosen.layers, level=chosen.level)
     return Analysis(
         label=label, cka=matrix, effective_rank=rank, geometry=measure_geometry(network, dataset, chosen),
         facts={**(facts or {}), "settings": vars(chosen), "environment": provenance(device_of(network))},
@@ -270,6 +298,140 @@ def analyze_checkpoint(
     )
 
 
+def measure_network(
+    network: nn.Module,
+    dataset: Dataset,
+    measure: str,
+    *,
+    settings: Settings | None = None,
+    views: Views | None = None,
+    groups: int = 10,
+    permutations: int = 0,
+    tolerance: float | None = None,
+    settle: Settle | None = None,
+    watch: Watch[Any] | None = None,
+) -> SimilarityMatrix | LayerProfile:
+    """Any measure of one network on a data set: a matrix for pairs of layers, a profile for single layers.
+
+    Args:
+        network: Left as it was.
+        dataset: Where the images come from.
+        measure: A name of `measures.MEASURES` with its options; `cka` takes kernel and estimator from the settings.
+        settings: What to look at.
+        views: For alignment, invariance and diversity; the data set's usual ones by default.
+        groups, permutations, tolerance, settle: As for `similarity_matrix`.
+        watch: For a progress bar.
+    """
+    chosen, see = settings or Settings(), watch or _silent
+    found, _ = parse_measure(measure)
+    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    common: dict[str, Any] = {
+        "reduce": chosen.reduce, "level": chosen.level, "groups": groups, "memory_mib": chosen.memory_mib,
+    }  # fmt: skip
+    loader = see(batches, found.name)
+    if found.over == "pairs":
+        asked = chosen.cka if measure == "cka" else measure
+        matrix = similarity_matrix(
+            network, loader, chosen.layers, measure=asked, permutations=permutations, tolerance=tolerance,
+            settle=settle, seed=chosen.seed, **common,
+        )  # fmt: skip
+        assert isinstance(matrix, SimilarityMatrix)
+        return matrix
+    if permutations or tolerance is not None or settle is not None:
+        raise ConfigError(f"{found.name} is a measure of single layers; permutations and tolerance are for pairs")
+    view = _view_of(dataset, views or usual_views(flip=dataset.flip), chosen.seed)
+    return measure_layers(network, loader, chosen.layers, measure=measure, views=view, **common)
+
+
+def influence_of_samples(
+    network: nn.Module, dataset: Dataset, settings: Settings, *, watch: Watch[Any] | None = None
+) -> SampleInfluence:
+    """How much single images move the CKA matrix; `index` counts within the images that the settings choose."""
+    see = watch or _silent
+    batches = dataset.batches(
+        settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
+    )
+    return sample_influence(
+        network, see(batches, "influence"), settings.layers, kernel=settings.kernel, estimator=settings.estimator,
+        reduce=settings.reduce, memory_mib=settings.memory_mib,
+    )  # fmt: skip
+
+
+def compare(
+    first: nn.Module,
+    second: nn.Module,
+    dataset: Dataset,
+    *,
+    measure: str = "cka",
+    other_layers: str | None = None,
+    labels: tuple[str, str] = ("A", "B"),
+    settings: Settings | None = None,
+    groups: int = 10,
+    permutations: int = 0,
+    watch: Watch[Any] | None = None,
+) -> CrossSimilarity:
+    """Each layer of one network against each layer of another, in one pass over the same images.
+
+    Args:
+        first, second: Any modules that take the data set's images, of any architectures.
+        dataset, settings, watch: As for `measure_network`.
+        measure: A name of `measures.MEASURES` over pairs.
+        other_layers: A selection for the second network; the settings' one by default.
+        labels: What figures call the two.
+        groups, permutations: As for `similarity_matrix`.
+    """
+    chosen, see = settings or Settings(), watch or _silent
+    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    found = similarity_matrix(
+        first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or chosen.layers,
+        measure=chosen.cka if measure == "cka" else measure, reduce=chosen.reduce, level=chosen.level, groups=groups,
+        permutations=permutations, memory_mib=chosen.memory_mib, seed=chosen.seed, labels=labels,
+    )  # fmt: skip
+    assert isinstance(found, CrossSimilarity)
+    return found
+
+
+def film_strip(
+    folder: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    model: str | None = None,
+    measure: str = "cka",
+    settings: Settings | None = None,
+    device: str | torch.device = "cpu",
+    watch: Watch[Any] | None = None,
+) -> FilmStrip:
+    """The similarity matrix of each kept checkpoint of a run, on the same images, and what changed in between.
+
+    Args:
+        folder: A finished run.
+        dataset: Its data, if they moved.
+        model: Specification, where the run's model is somebody's factory.
+        measure: A name of `measures.MEASURES` over pairs.
+        settings: What to look at.
+        device: Where to run.
+        watch: For a progress bar.
+
+    Raises:
+        RunFolderError: No finished run there.
+    """
+    folder, chosen, see = Path(folder).resolve(), settings or Settings(), watch or _silent
+    parse_measure(measure, over=("pairs",))
+    config, result = read_run_config(folder), read_result(folder)
+    data = dataset or load_data(config.data)
+    labels, frames = [], []
+    for name in see(result.checkpoints, "checkpoints"):
+        network, metadata = load_network(folder / name, model=model, dataset=data)
+        found = measure_network(network.to(device), data, measure, settings=chosen)
+        assert isinstance(found, SimilarityMatrix)
+        frames.append(found)
+        labels.append(f"epoch {metadata['epoch']}" if metadata.get("epoch") is not None else Path(name).stem)
+    changes: list[Difference] = []
+    if all(len(frame.weights) > 1 for frame in frames):
+        changes = [difference(a, b, level=chosen.level) for a, b in pairwise(frames)]
+    return FilmStrip(labels=tuple(labels), frames=tuple(frames), changes=tuple(changes))
+
+
 def analyze_run(
     folder: str | Path,
     *,
@@ -362,6 +524,19 @@ def embedding_name(network: nn.Module, dataset: Dataset) -> str:
     """What `features` means by the embedding of a network, in words."""
     head = head_name(network, torch.zeros(2, *dataset.input_shape, device=device_of(network)))
     return f"input of {head}" if head else "output"
+
+
+def _view_of(dataset: Dataset, views: Views, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from a normalised batch to a normalised random view of it; the same views in every run."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.tensor(dataset.mean).view(-1, 1, 1)
+    std = torch.tensor(dataset.std).view(-1, 1, 1)
+
+    def view(images: torch.Tensor) -> torch.Tensor:
+        seen = views((images.cpu() * std + mean).clamp(0, 1), generator)
+        return dataset.normalize(seen).to(images.device)
+
+    return view
 
 
 class _Viewed:

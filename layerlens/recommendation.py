@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,26 @@ def recommend(
         reason=_verdict(found, supported),
         targets=targets, regions=found, cautions=tuple(sorted(cautions, key=lambda c: c.code)), samples=cka.samples,
     )  # fmt: skip
+
+
+def settled(
+    level: float = 0.95, *, baseline: SimilarityMatrix | None = None, criterion: str = "two-level", seed: int = 0
+) -> Callable[[SimilarityMatrix], bool]:
+    """Whether a recommendation is settled: for `similarity_matrix(…, settle=settled(0.95))`.
+
+    It is once the matrix supports targets and the edges of each supported region recur in at least `level` of the
+    resampled matrices.
+
+    Args:
+        level: Share of resampled matrices, in (0, 1].
+        baseline, criterion, seed: As for `recommend`.
+    """
+
+    def check(matrix: SimilarityMatrix) -> bool:
+        targets = recommend(matrix, baseline, criterion=criterion, seed=seed).targets
+        return bool(targets) and min(target.confidence for target in targets) >= level
+
+    return check
 
 
 def _strength(region: Region, layers: Sequence[str]) -> float:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerlens.activations import capture, features, masked_mean, sweep, to_device
+from layerlens.activations import capture, features, sweep, to_device
+from layerlens.reduction import masked_mean
 from layerlens.errors import DataError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Layer, discover, run_batch
 from layerlens.models import build_model
@@ -596,9 +597,16 @@ def test_a_layer_that_runs_in_only_some_batches_is_an_error(run):
         run(Sometimes(), [PLUS, MINUS], "positive")
 
 
-@pytest.mark.parametrize("run", [swept, lambda model, loader, name: features(model, loader, name)],
-                         ids=["sweep", "features"])  # fmt: skip
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, loader, name: swept(model, loader, name, forward=lambda m, batch: m(batch)),
+        lambda model, loader, name: features(model, loader, name),
+    ],
+    ids=["sweep", "features"],
+)
 def test_a_layer_that_runs_more_often_in_a_later_batch_is_an_error(run):
+    """With a custom forward: by default a sweep ends a pass once all chosen layers have run."""
     with pytest.raises(UnknownLayerError, match="layer 'often' ran 2 times in batch 1"):
         run(Sometimes(), [PLUS, MINUS], "often")
 

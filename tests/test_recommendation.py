@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from layerlens.analysis.resampling import cka_of, entry_intervals
+from layerlens.analysis.resampling import cka_of, jackknife_intervals, leave_one_out
 from layerlens.analysis.results import Geometry, SimilarityMatrix
 from layerlens.errors import DataError
 from layerlens.recommendation import Recommendation, recommend
@@ -17,7 +17,8 @@ def noisy(similarity, *, batches=8, noise=0.01, seed=0, participation=None):
     draws = np.triu(np.random.default_rng(seed).normal(0, noise, (batches, *similarity.shape)), 1)
     blocks, weights = similarity + draws + draws.swapaxes(1, 2), np.full(batches, 64.0)
     values, count = cka_of(blocks.mean(0)), len(similarity)
-    low, high = entry_intervals(values, blocks, weights, 0.95)
+    without = leave_one_out(blocks, weights)
+    low, high = jackknife_intervals(values, without, weights, 0.95, bounded=True, unbias=False)
     return SimilarityMatrix(
         layers=tuple(f"l{i}" for i in range(count)), values=values, low=low, high=high, samples=64 * batches,
         participation=np.full(count, 9.0) if participation is None else participation, blocks=blocks, weights=weights,

@@ -20,8 +20,8 @@ from layerlens.analysis.kernels import (
     u_centre,
     u_centre_,
 )
-from layerlens.analysis.resampling import cka_error, cka_of, fisher_intervals, normal_quantile
-from layerlens.analysis.results import Array, PermutationNull, SampleInfluence, SimilarityMatrix
+from layerlens.analysis.resampling import cka_error, cka_of, fisher_intervals, sample_quantile
+from layerlens.analysis.results import Array, Flags, PermutationNull, SampleInfluence, SimilarityMatrix
 from layerlens.errors import BatchTooSmallError, ConfigError, NonFiniteError, ShapeError, check_known
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
@@ -171,8 +171,10 @@ class StreamingCKA:
         """Take over the batches that another process or shard has seen.
 
         Raises:
-            ShapeError: Other layers or another kernel.
+            ShapeError: Another kind, other layers or another kernel.
         """
+        if type(other) is not type(self):
+            raise ShapeError(f"only a {type(self).__name__} can be merged into a {type(self).__name__}")
         mine, theirs = ((s.layers, s.kernel, s.rbf_factor, s.positions, s.permutations) for s in (self, other))
         if mine != theirs:
             raise ShapeError(f"can't merge CKA of {theirs} into CKA of {mine}")
@@ -233,15 +235,13 @@ class StreamingCKA:
         """
         if not self._each:
             raise ShapeError("no influence was kept; make the accumulator with influence=True and give it batches")
-        without = [
-            (each, n, without_each(each, n)) for each, n in zip(self._each, self._sizes, strict=True)
-        ]
-        total = sum(n for _, n, _ in without)
-        hsic = sum(block * n for block, n in zip(self._blocks, self._sizes, strict=True)) / total
-        changes = [
-            cka_of(((hsic * total - block * n + less * (n - 1)) / (total - 1)).cpu().numpy()) - cka_of(hsic.cpu().numpy())
-            for (_, n, less), block in zip(without, self._blocks, strict=True)
-        ]
+        total, changes = sum(self._sizes), []
+        weights = torch.tensor(self._sizes, dtype=torch.float64, device=self._blocks[0].device)
+        hsic = (torch.stack(self._blocks) * weights[:, None, None]).sum(0)
+        whole = cka_of((hsic / total).cpu().numpy())
+        for each, block, n in zip(self._each, self._blocks, self._sizes, strict=True):
+            less = hsic - block * n + without_each(each, n) * (n - 1)
+            changes.append(cka_of((less / (total - 1)).cpu().numpy()) - whole)
         return influence_of(self.layers, np.concatenate(changes))
 
     def _result(
@@ -250,10 +250,10 @@ class StreamingCKA:
     ) -> SimilarityMatrix:  # fmt: skip
         low, high = np.full(values.shape, np.nan), np.full(values.shape, np.nan)
         if self.errors:
-            low, high = fisher_intervals(values, error, normal_quantile(self.level))
+            low, high = fisher_intervals(values, error, sample_quantile(self.level, samples))
         alive = np.flatnonzero(~np.isnan(values.diagonal()))
         low[alive, alive] = high[alive, alive] = 1.0
-        options = {"kernel": self.kernel, "estimator": self.estimator}
+        options: dict[str, Any] = {"kernel": self.kernel, "estimator": self.estimator}
         if self.kernel == "rbf":
             options["rbf_factor"] = self.rbf_factor
         return SimilarityMatrix(
@@ -281,9 +281,9 @@ class StreamingCKA:
         )
         return found, torch.stack(spectrum)
 
-    def _directions(self, blocks: Array, spectra: Array, weights: Array) -> tuple[Array, Array]:
+    def _directions(self, blocks: Array, spectra: Array, weights: Array) -> tuple[Flags, Array]:
         """Which layers are constant, and how many directions carry the variance of each."""
-        spread, square, scale, size = np.moveaxis(spectra, -1, 0)
+        spread, square, scale, size = (spectra[..., k] for k in range(4))
         dead = spread.sum(0) <= CONSTANT**2 * scale.sum(0)
         if self.estimator != "biased":  # samples all equally far apart: nothing is left after U-centring
             n = weights[:, None]
@@ -361,9 +361,7 @@ def null_of(values: Array, wrong: Array, level: float, *, higher_is_alike: bool 
     reached = (sign * wrong >= sign * values).sum(0)
     bound = sign * np.quantile(sign * wrong, level, axis=0, method="higher")
     p_value = np.where(np.isnan(values), np.nan, (1 + reached) / (1 + len(wrong)))
-    return PermutationNull(
-        permutations=len(wrong), mean=wrong.mean(0), bound=bound, p_value=p_value, level=level
-    )
+    return PermutationNull(permutations=len(wrong), mean=wrong.mean(0), bound=bound, p_value=p_value, level=level)
 
 
 def influence_of(layers: Sequence[str], changes: Array) -> SampleInfluence:
@@ -375,8 +373,8 @@ def influence_of(layers: Sequence[str], changes: Array) -> SampleInfluence:
     order = np.argsort(-size, axis=0, kind="stable")[:STRONGEST]
     return SampleInfluence(
         layers=tuple(layers), samples=len(changes), largest=largest,
-        z_score=(largest - middle) / max(spread, np.finfo(float).tiny), index=np.moveaxis(order, 0, -1),
-        change=np.moveaxis(np.take_along_axis(np.nan_to_num(changes), order, 0), 0, -1),
+        z_score=(largest - middle) / max(spread, np.finfo(float).tiny), index=order.transpose(1, 2, 0),
+        change=np.take_along_axis(np.nan_to_num(changes), order, 0).transpose(1, 2, 0),
     )  # fmt: skip
 
 

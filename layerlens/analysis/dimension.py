@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerlens.analysis.kernels import CONSTANT, centred_gram
 from layerlens.analysis.column_chunks import centred_columns, checked, float64_columns, gram
+from layerlens.analysis.kernels import CONSTANT, centred_gram
 from layerlens.errors import NonFiniteError
 
 
@@ -28,12 +28,12 @@ def effective_rank(x: Tensor) -> float:
     >>> round(effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), 6)
     2.0
     """
-    gram, scale = centred_gram(x.double())
-    if not bool(gram.isfinite().all()):
+    products, scale = centred_gram(x.double())
+    if not bool(products.isfinite().all()):
         raise NonFiniteError("NaN or infinity in the activations; check the input and the weights")
-    if gram.trace() <= CONSTANT**2 * scale:
+    if products.trace() <= CONSTANT**2 * scale:
         return float("nan")
-    return _exp_entropy(torch.linalg.eigvalsh(gram))
+    return _exp_entropy(torch.linalg.eigvalsh(products))
 
 
 def rankme(x: Tensor) -> float:
@@ -52,8 +52,7 @@ def rankme(x: Tensor) -> float:
         NonFiniteError: NaN or infinity.
 
     Source:
-        Garrido et al. 2022, arXiv:2210.02885, with the exact entropy: the paper adds 1e-7 to each share, which
-        lifts the result by as much as the layer is wide.
+        Garrido et al. 2022, arXiv:2210.02885; the exact entropy, without the 1e-7 that the paper adds to each share.
 
     >>> round(rankme(torch.eye(4)), 6)
     4.0

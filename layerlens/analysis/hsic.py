@@ -29,7 +29,8 @@ class HSIC:
         samples: n, the rows compared.
         value: Shape (L, L), float64.
         covariance: Sampling covariance of the estimates for the pairs of statistics (xy, xy), (xy, xx), (xx, yy),
-            shape (3, L, L); zero where it was not asked for.
+            shape (2, 3, L, L): first as the jackknife has it, then the second-order part, which the jackknife
+            counts twice. Zero where it was not asked for.
         each: Shape (m, L, L): c_s / (n - 3), or its sum over the rows of a sample times m / n, so that the mean over
             the first axis is `value`; None where it was not asked for.
     """
@@ -40,9 +41,7 @@ class HSIC:
     each: Tensor | None = None
 
 
-def hsic_from_grams(
-    stack: Tensor, *, counts: Tensor | None = None, errors: bool = True, each: bool = False
-) -> HSIC:
+def hsic_from_grams(stack: Tensor, *, counts: Tensor | None = None, errors: bool = True, each: bool = False) -> HSIC:
     """HSIC from U-centred Gram matrices.
 
     Args:
@@ -55,7 +54,7 @@ def hsic_from_grams(
     count, n, _ = stack.shape
     if not errors and not each and counts is None:
         flat = stack.flatten(1)
-        return HSIC(n, flat @ flat.T / (n * (n - 3)), stack.new_zeros(3, count, count))
+        return HSIC(n, flat @ flat.T / (n * (n - 3)), stack.new_zeros(2, 3, count, count))
     total, rows, kept = stack.new_zeros(count, count), stack.new_zeros(3, count, count), []
     for block in stack.transpose(0, 1).split(max(1, _BLOCK // (count * max(n, count)))):  # (s, L, n)
         c = block @ block.transpose(1, 2)
@@ -112,7 +111,7 @@ def hsic_from_features(
     )
     value = total / (n * (n - 3))
     if not errors and not each:
-        return HSIC(n, value, value.new_zeros(3, count, count))
+        return HSIC(n, value, value.new_zeros(2, 3, count, count))
     parts = torch.cat(list(_sample_sums(chunks, sums)))
     return hsic_from_parts(total, parts, few_grams(chunks(), n), counts=counts, each=each)
 
@@ -128,23 +127,19 @@ class _Moments:
 
 
 def _feature_moments(chunks: Chunks, widths: Sequence[int]) -> _Moments:
-    covariance = weighted = layers = None
+    width, device = sum(widths), next(iter(chunks()))[0].device
+    covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
+    weighted = torch.zeros(width, len(widths), dtype=torch.float64, device=device)
+    owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    layers = torch.nn.functional.one_hot(owner, len(widths)).to(device, torch.float64)
     norms = []
     for piece in chunks():
         x = torch.cat(list(piece), 1)
-        if covariance is None:
-            width, kind = x.shape[1], {"dtype": torch.float64, "device": x.device}
-            covariance, weighted = torch.zeros(width, width, **kind), torch.zeros(width, len(widths), **kind)  # type: ignore[arg-type]
-            owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
-            layers = torch.nn.functional.one_hot(owner, len(widths)).to(x.device, torch.float64)
-        with full_precision(x.device):
+        with full_precision(device):
             covariance += x.T @ x
         wide = x.double()
         norms.append(wide.square() @ layers)
         weighted += wide.T @ norms[-1]
-    assert covariance is not None
-    assert weighted is not None
-    assert layers is not None
     return _Moments(covariance, weighted, torch.cat(norms), layers)
 
 
@@ -215,18 +210,20 @@ def _pair_products(stack: Tensor, samples: int) -> Tensor:
 
 
 def _u_statistic_covariance(n: int, total: Tensor, rows: Tensor, pairs: Tensor) -> Tensor:
-    """Unbiased for a U-statistic of order two: 4(n - 2)ζ₁ + 2ζ₂ over n(n - 1); shape (3, L, L)."""
+    """Of a U-statistic of order two: 4(n - 2)ζ₁ + 4ζ₂ over n(n - 1), and 2ζ₂ over n(n - 1); shape (2, 3, L, L)."""
     own = total.diagonal()
     products = torch.stack([total * total, total * own[:, None], own[:, None] * own])
     count = n * (n - 1)
     apart = (products - 4 * rows + 2 * pairs) / (count * (n - 2) * (n - 3))
     first = (rows - pairs) / (count * (n - 2)) - apart
     second = pairs / count - apart
-    return (4 * (n - 2) * first + 2 * second) / count * ((n - 1) / (n - 3)) ** 2
+    scale = ((n - 1) / (n - 3)) ** 2 / count
+    return torch.stack([4 * (n - 2) * first + 4 * second, 2 * second]) * scale
 
 
 def _between_samples(parts: Tensor, total: Tensor) -> Tensor:
-    """Covariance of the total when samples, each with several rows, are drawn; shape (3, L, L)."""
+    """Covariance of the total when samples, each with several rows, are drawn, to first order; shape (2, 3, L, L)."""
     own, m = total.diagonal(), len(parts)
     products = torch.stack([total * total, total * own[:, None], own[:, None] * own])
-    return 4 * m / (m - 1) * (_row_products(parts) - products / m)
+    first = 4 * m / (m - 1) * (_row_products(parts) - products / m)
+    return torch.stack([first, torch.zeros_like(first)])

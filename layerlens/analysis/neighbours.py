@@ -48,6 +48,11 @@ class MutualKNN:
         """Mean over the samples."""
         return float(self.scores(a, b).mean())
 
+    def permute(self, prepared: Tensor, order: Tensor) -> Tensor:
+        """The layer with its samples in another order, order[i] being the sample at place i."""
+        order = order.to(prepared.device)
+        return order.argsort()[prepared[order]]
+
     def scores(self, a: Tensor, b: Tensor) -> Tensor:
         """Share of common neighbours of each sample, float64, shape (n,)."""
         both = torch.cat([a, b], dim=1).sort(dim=1).values
@@ -132,7 +137,7 @@ def two_nn(x: Tensor, *, discard: float = 0.1) -> float:
     if kept < 2:
         raise ConfigError(f"discard={discard} leaves {kept} of {n} samples; at least 2 are needed")
     log_mu = (squares[:, 1] / squares[:, 0]).log().div(2).sort().values[:kept]
-    tail = -torch.log1p(-torch.arange(1, kept + 1, device=log_mu.device) / torch.tensor(n, dtype=torch.float64))
+    tail = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64, device=log_mu.device) / n)
     if not bool(log_mu[-1] > 0):
         raise DegenerateError("the two nearest neighbours are equally far for all samples, as on a grid")
     return float((log_mu @ tail) / (log_mu @ log_mu))

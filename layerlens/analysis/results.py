@@ -14,6 +14,7 @@ from layerlens.errors import DataError, ShapeError, UnknownLayerError, closest
 
 SCHEMA = 1
 Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 R = TypeVar("R", bound="Result")
 
 
@@ -284,10 +285,8 @@ class CrossSimilarity(_Similarity):
     def missing(self) -> tuple[str, ...]:
         """Layers without a similarity to any layer of the other model, the model's label in front."""
         empty = np.isnan(self.values)
-        lost = [f"{self.labels[0]}:{name}" for name, bad in zip(self.first, empty.all(1), strict=True) if bad]
-        return tuple(
-            lost + [f"{self.labels[1]}:{name}" for name, bad in zip(self.second, empty.all(0), strict=True) if bad]
-        )
+        lost = [f"{self.labels[0]}:{name}" for i, name in enumerate(self.first) if empty[i].all()]
+        return tuple(lost + [f"{self.labels[1]}:{name}" for j, name in enumerate(self.second) if empty[:, j].all()])
 
     def counterparts(self) -> dict[str, str]:
         """For each layer of the first model the layer of the second that is most alike."""
@@ -444,14 +443,15 @@ class Geometry(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerProfile(Result):
-    """One number per layer, measured within batches.
+    """One number per layer.
 
     Attributes:
         measure: Such as `effective_rank`.
         layers: Names, in execution order.
-        values, low, high: Mean over batches and its confidence interval; NaN where a layer is constant.
-        ceiling: The largest value that the batch size allows.
+        values, low, high: The value and its confidence interval; NaN where a layer has none.
+        ceiling: The largest value that the number of samples in a batch (or in all) allows; NaN where there is none.
         samples: Samples seen.
+        cautions: What to know about it.
     """
 
     measure: str
@@ -461,8 +461,11 @@ class LayerProfile(Result):
     high: tuple[float, ...]
     ceiling: float
     samples: int
+    cautions: tuple[Caution, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ceiling", float("nan") if self.ceiling is None else float(self.ceiling))
+        object.__setattr__(self, "cautions", restore_cautions(self.cautions))
         for name in ("values", "low", "high"):
             series = tuple(float("nan") if v is None else float(v) for v in getattr(self, name))
             if len(series) != len(self.layers):

@@ -36,6 +36,7 @@ class RowStore:
         self._files: list[IO[bytes]] = []
         self._shapes: list[list[int]] = [[0, 0] for _ in layers]  # rows, width
         self._types: list[torch.dtype] = [torch.float32 for _ in layers]
+        self._given: list[torch.dtype] = [torch.float32 for _ in layers]
         self._sums: list[Tensor | None] = [None for _ in layers]
         self._squares: list[Tensor | None] = [None for _ in layers]
 
@@ -56,7 +57,7 @@ class RowStore:
         held = self._sums[position], self._squares[position]
         self._sums[position] = wide if held[0] is None else held[0] + wide
         self._squares[position] = square if held[1] is None else held[1] + square
-        self._types[position] = rows.dtype
+        self._types[position], self._given[position] = rows.dtype, activation.dtype
         shape[0], shape[1] = shape[0] + len(rows), rows.shape[1]
         if self._files:
             self._write(position, rows)
@@ -101,6 +102,10 @@ class RowStore:
     def dtype(self, position: int) -> torch.dtype:
         """Of a layer's rows: at least float32."""
         return self._types[position]
+
+    def given(self, position: int) -> torch.dtype:
+        """What a layer's activations came in, below float32 too: how finely its numbers are rounded."""
+        return self._given[position]
 
     def mean(self, position: int) -> Tensor:
         """Mean of a layer's features, float64, shape (p,)."""
@@ -179,14 +184,14 @@ class RowStore:
         return _rows_between([part[:, columns] for part in self._parts[position]], start, stop)
 
     def _spill(self) -> None:
-        self._files = [tempfile.TemporaryFile(prefix="layerlens-") for _ in self.layers]
+        self._files = [tempfile.TemporaryFile(prefix="layerlens-") for _ in self.layers]  # noqa: SIM115
         for position, parts in enumerate(self._parts):
             while parts:
                 self._write(position, parts.pop(0))
 
     def _write(self, position: int, rows: Tensor) -> None:
         try:
-            self._files[position].write(memoryview(np.ascontiguousarray(rows.cpu().numpy())))
+            self._files[position].write(np.ascontiguousarray(rows.cpu().numpy()).data)
         except OSError as error:
             raise ConfigError(
                 f"{self.bytes // MIB} MiB of rows do not fit in the temporary folder {tempfile.gettempdir()!r}: "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerlens.analysis.kernels import CONSTANT
 from layerlens.analysis.column_chunks import (
     centred_columns,
     checked,
@@ -17,6 +16,7 @@ from layerlens.analysis.column_chunks import (
     squared_norms,
     unrounded,
 )
+from layerlens.analysis.kernels import CONSTANT
 from layerlens.errors import ConfigError, DegenerateError
 
 CORRELATIONS = ("spearman", "pearson")
@@ -62,6 +62,16 @@ class RSA:
         """The correlation."""
         return float(unrounded(a @ b, -1.0, 1.0))
 
+    def permute(self, prepared: Tensor, order: Tensor) -> Tensor:
+        """The layer with its samples in another order, order[i] being the sample at place i."""
+        n = len(order)
+        upper = torch.triu_indices(n, n, 1, device=prepared.device)
+        whole = prepared.new_zeros(n, n)
+        whole[upper[0], upper[1]] = prepared
+        whole += whole.T.clone()
+        order = order.to(prepared.device)
+        return whole[order[upper[0]], order[upper[1]]]
+
     def _monotone(self, rows: Tensor) -> tuple[Tensor, float]:
         """The dissimilarities (squared if Euclidean), shape (n(n-1)/2,), and the difference that rounding can make."""
         if self.distance == "euclidean":
@@ -100,9 +110,9 @@ def rsa(x: Tensor, y: Tensor, *, correlation: str = "spearman", distance: str = 
     Source:
         Kriegeskorte, Mur & Bandettini 2008, doi:10.3389/neuro.06.004.2008
 
-    >>> x = torch.tensor([[0.0], [1], [3], [7]])
-    >>> round(rsa(x, x**2, distance="euclidean"), 6)
-    0.942857
+    >>> x, y = torch.tensor([[0.0], [1], [3], [7]]), torch.tensor([[7.0], [1], [3], [0]])
+    >>> round(rsa(x, y, distance="euclidean"), 6)
+    0.028571
     """
     x, y = flat_pair(x, y)
     measure = RSA(correlation=correlation, distance=distance)

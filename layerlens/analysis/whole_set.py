@@ -20,9 +20,9 @@ from layerlens.analysis.cka import GROUPS, StreamingCKA, influence_of, null_of, 
 from layerlens.analysis.hsic import HSIC, few_grams, hsic_from_features, hsic_from_grams, hsic_from_parts
 from layerlens.analysis.kernels import CONSTANT, h_centre, rbf, u_centre_
 from layerlens.analysis.resampling import cka_error, cka_of
-from layerlens.analysis.results import Array, SampleInfluence, SimilarityMatrix
+from layerlens.analysis.results import Array, Flags, SampleInfluence, SimilarityMatrix
 from layerlens.analysis.rows import MIB, RowStore
-from layerlens.errors import BatchTooSmallError, ConfigError, ShapeError, check_known
+from layerlens.errors import BatchTooSmallError, ConfigError, DegenerateError, ShapeError, check_known
 from layerlens.precision import full_precision
 
 _PIECE = 2048  # rows of a product in feature space
@@ -139,6 +139,41 @@ class WholeSetCKA(StreamingCKA):
             if plan.tile >= store.samples:
                 return _by_one_gram(store, factor, counts, self.permutations, self._generator)
             return _by_tiles(store, plan.tile, factor, counts)
+
+
+def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", rbf_factor: float = 1.0, estimator: str = "debiased") -> float:
+    """CKA between two representations of the same n samples.
+
+    Args:
+        x: Activations, shape (n, …); row i is sample i.
+        y: Activations, shape (n, …), same row order.
+        kernel: `linear` or `rbf`.
+        rbf_factor: RBF width in units of the median distance.
+        estimator: `debiased` (unbiased HSIC; can be slightly negative) or `biased` (in [0, 1], too high for
+            few samples and many features).
+
+    Returns:
+        Similarity, no unit, at most 1; higher is more alike.
+
+    Raises:
+        ShapeError: Row counts differ; BatchTooSmallError below 4 rows.
+        DegenerateError: One side is constant, or (debiased) its samples all equally far apart: CKA is 0/0.
+        NonFiniteError: NaN or infinity.
+
+    Source:
+        Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 for the unbiased HSIC
+
+    >>> x = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+    >>> round(cka(x, 2 * x), 6)
+    1.0
+    """
+    whole = WholeSetCKA(["x", "y"], kernel=kernel, rbf_factor=rbf_factor, estimator=estimator)
+    whole.update([x, y])
+    result = whole.compute()
+    if result.missing:
+        what = f"{' and '.join(result.missing)} constant over the {len(x)} samples, or these all equally far apart"
+        raise DegenerateError(f"{what}; CKA is 0/0")
+    return result.between("x", "y")
 
 
 @dataclass(frozen=True)
@@ -376,7 +411,7 @@ class _TiledKernel:
         for rows, columns in self.places:
             squared = self._squared(position, rows, columns)
             if rows == columns:
-                upper = torch.triu_indices(*squared.shape, 1, device=squared.device)
+                upper = torch.triu_indices(len(squared), len(squared), 1, device=squared.device)
                 yield squared[upper[0], upper[1]]
             else:
                 yield squared.flatten()
@@ -441,7 +476,7 @@ def _wrong_pairings(stack: Tensor, permutations: int, generator: torch.Generator
     return found / (n * (n - 3))
 
 
-def _sample_groups(hsic: HSIC, dead: Array) -> tuple[Array, Array]:
+def _sample_groups(hsic: HSIC, dead: Flags) -> tuple[Array, Array]:
     """HSIC as the mean over up to 64 interleaved groups of samples whose variation is that of single samples.
 
     What a sample adds moves HSIC, a mean over pairs, twice: hence the factor.
@@ -457,5 +492,5 @@ def _sample_groups(hsic: HSIC, dead: Array) -> tuple[Array, Array]:
     return np.stack([_without(block, dead) for block in blocks]), weights
 
 
-def _without(hsic: Array, dead: Array) -> Array:
+def _without(hsic: Array, dead: Flags) -> Array:
     return np.where(dead[:, None] | dead[None, :], 0.0, hsic)

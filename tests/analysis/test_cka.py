@@ -9,7 +9,10 @@ from scipy.spatial.distance import pdist, squareform
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from layerlens.analysis.cka import StreamingCKA, WholeSetCKA, centred_gram, cka, cka_matrix, rbf_from_gram
+from layerlens.analysis.cka import StreamingCKA
+from layerlens.analysis.kernels import centred_gram, rbf_from_gram
+from layerlens.analysis.similarity import cka_matrix
+from layerlens.analysis.whole_set import WholeSetCKA, cka
 from layerlens.errors import (
     BatchTooSmallError,
     ConfigError,

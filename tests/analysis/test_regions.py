@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from layerlens.analysis.cka import cka_matrix
+from layerlens.analysis.similarity import cka_matrix
 from layerlens.analysis.regions import RegionSet, find_regions, segment
-from layerlens.analysis.resampling import cka_of, entry_intervals
+from layerlens.analysis.resampling import cka_of, jackknife_intervals, leave_one_out
 from layerlens.analysis.results import SimilarityMatrix
 from layerlens.data import load_data
 from layerlens.errors import ConfigError, ShapeError, UnknownNameError
@@ -23,7 +23,10 @@ def matrix_of(blocks, *, batch=64, participation=None):
     """A result from HSIC blocks (B, L, L), one per batch."""
     weights, count = np.full(len(blocks), float(batch)), blocks.shape[1]
     values = cka_of(blocks.mean(0))
-    low, high = entry_intervals(values, blocks, weights, 0.95)
+    low = high = np.full(values.shape, np.nan)
+    if len(blocks) > 1:
+        without = leave_one_out(blocks, weights)
+        low, high = jackknife_intervals(values, without, weights, 0.95, bounded=True, unbias=False)
     return SimilarityMatrix(
         layers=tuple(f"l{i}" for i in range(count)), values=values, low=low, high=high, samples=batch * len(blocks),
         participation=np.full(count, 9.0) if participation is None else participation, blocks=blocks, weights=weights,

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from layerlens.analysis.cka import StreamingCKA, WholeSetCKA
-from layerlens.analysis.resampling import bootstrap, cka_of, entry_intervals, jackknife_error, leave_one_out, t_quantile
+from layerlens.analysis.cka import StreamingCKA
+from layerlens.analysis.whole_set import WholeSetCKA
+from layerlens.analysis.resampling import (
+    bootstrap,
+    cka_of,
+    jackknife_error,
+    jackknife_intervals,
+    leave_one_out,
+    t_quantile,
+)
 from layerlens.analysis.results import SimilarityMatrix
 
 
@@ -13,9 +21,9 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def three_layers(sizes=(16, 16, 16, 16, 16), kind=StreamingCKA):
+def three_layers(sizes=(16, 16, 16, 16, 16), kind=StreamingCKA, **options):
     shared, a, b, c = draw(4, sum(sizes), 8)
-    state = kind(["a", "b", "c"])
+    state = kind(["a", "b", "c"], **options)
     for batch in zip(*(t.split(list(sizes)) for t in (shared + a, shared + 0.5 * b, c)), strict=True):
         state.update(batch)
     return state.compute()
@@ -63,10 +71,11 @@ def test_jackknife_of_a_mean_is_the_standard_error_of_the_mean():
 
 def handmade(blocks, weights, estimator="minibatch"):
     values = cka_of(np.average(blocks, axis=0, weights=weights))
-    low, high = entry_intervals(values, blocks, weights, 0.95)
+    without = leave_one_out(blocks, weights)
+    low, high = jackknife_intervals(values, without, weights, 0.95, bounded=True, unbias=False)
     return SimilarityMatrix(
         layers=tuple("abcdefgh"[: blocks.shape[1]]), values=values, low=low, high=high, samples=int(weights.sum()),
-        estimator=estimator, participation=np.full(blocks.shape[1], 5.0), blocks=blocks, weights=weights,
+        options={"estimator": estimator}, participation=np.full(blocks.shape[1], 5.0), blocks=blocks, weights=weights,
     )  # fmt: skip
 
 
@@ -99,16 +108,20 @@ def test_intervals_hold_their_value_are_symmetric_and_stay_inside_minus_one_and_
 
 
 def test_a_higher_level_gives_a_wider_interval():
-    matrix = three_layers()
-    narrow, wide = (entry_intervals(matrix.values, matrix.blocks, matrix.weights, level) for level in (0.5, 0.99))
-    assert (wide[0][0, 1] < narrow[0][0, 1]) & (narrow[1][0, 1] < wide[1][0, 1])
+    narrow, wide = three_layers(level=0.5), three_layers(level=0.99)
+    assert wide.low[0, 1] < narrow.low[0, 1]
+    assert narrow.high[0, 1] < wide.high[0, 1]
 
 
-def test_one_batch_has_no_interval():
+def test_one_batch_has_an_interval_from_its_samples():
     found = three_layers(sizes=(40,))
+    assert (found.low[0, 1] < found.values[0, 1]) & (found.values[0, 1] < found.high[0, 1])
+
+
+def test_without_errors_there_is_no_interval():
+    found = three_layers(errors=False)
     assert np.isfinite(found.values).all()
-    assert np.isnan(found.low).all()
-    assert np.isnan(found.high).all()
+    assert np.isnan(found.low[0, 1])
 
 
 def test_a_constant_layer_has_no_interval_and_leaves_the_others_theirs():

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from layerlens.analysis.cka import StreamingCKA, centred_gram, cka, cka_matrix, u_centre
+from layerlens.analysis.cka import StreamingCKA
+from layerlens.analysis.kernels import centred_gram, u_centre
+from layerlens.analysis.similarity import cka_matrix
+from layerlens.analysis.whole_set import cka
 from layerlens.errors import BatchTooSmallError
 from layerlens.recommendation import recommend
 
@@ -68,7 +71,7 @@ def test_self_hsic_is_a_sum_of_squares_and_stays_positive_under_a_large_mean():
 
 
 def test_u_centred_rows_sum_to_zero_with_a_zero_diagonal():
-    centred = u_centre(centred_gram(draw(9, 4))[0])
+    centred = u_centre(centred_gram(draw(9, 4).double())[0])
     assert centred.diagonal().abs().max() == 0
     torch.testing.assert_close(centred.sum(0), torch.zeros(9, dtype=torch.float64), atol=1e-12, rtol=0)
 

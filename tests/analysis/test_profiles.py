@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from layerlens.analysis.measures import effective_rank, effective_rank_profile
+from layerlens.analysis.dimension import effective_rank
+from layerlens.analysis.profiles import measure_layers
 from layerlens.errors import NonFiniteError
 
 
@@ -87,7 +88,7 @@ def network():
 
 def test_the_profile_is_the_mean_over_batches_with_a_t_interval():
     model, x = network(), draw(80, 6)
-    found = effective_rank_profile(model, x.split(20), ["0", "2"])
+    found = measure_layers(model, x.split(20), ["0", "2"])
     ranks = np.array([[rank_by_svd(model[0](part)), rank_by_svd(model(part))] for part in x.split(20)])
     assert found.layers == ("0", "2")
     assert (found.measure, found.ceiling, found.samples) == ("effective_rank", 19.0, 80)
@@ -99,12 +100,12 @@ def test_the_profile_is_the_mean_over_batches_with_a_t_interval():
 
 def test_a_higher_level_widens_the_profile():
     x = draw(80, 6).split(20)
-    narrow, wide = (effective_rank_profile(network(), x, ["0"], level=level) for level in (0.5, 0.99))
+    narrow, wide = (measure_layers(network(), x, ["0"], level=level) for level in (0.5, 0.99))
     assert wide.low[0] < narrow.low[0] < narrow.high[0] < wide.high[0]
 
 
 def test_a_profile_of_one_batch_has_no_interval():
-    found = effective_rank_profile(network(), [draw(20, 6)], ["0"])
+    found = measure_layers(network(), [draw(20, 6)], ["0"])
     assert math.isfinite(found.values[0])
     assert math.isnan(found.low[0])
 
@@ -113,7 +114,7 @@ def test_a_constant_layer_is_nan_in_the_profile_and_the_others_are_not():
     model = network()
     with torch.no_grad():
         model[2].weight.zero_()
-    found = effective_rank_profile(model, draw(40, 6).split(20), ["0", "2"])
+    found = measure_layers(model, draw(40, 6).split(20), ["0", "2"])
     assert math.isnan(found.values[1])
     assert math.isfinite(found.values[0])
 
@@ -122,4 +123,4 @@ def test_the_profile_refuses_nan_and_names_the_layer():
     x = draw(20, 6)
     x[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="'0'"):
-        effective_rank_profile(network(), [x], ["0"])
+        measure_layers(network(), [x], ["0"])
