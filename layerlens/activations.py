@@ -195,9 +195,8 @@ class _Pass:
     def run(self, raw: Batch, number: int, consumer: Consumer, reduce: Reduction) -> Tensor | None:
         batch = self.arrange(to_device(raw, self.device))
         hand = _Hand(self, consumer, batch, number, reduce)
-        with capture(self.look.model, [layer.name for layer in self.layers], hand):
-            with suppress(_AllSeen):
-                (self.look.forward or run_batch)(self.look.model, batch)
+        with suppress(_AllSeen), capture(self.look.model, [layer.name for layer in self.layers], hand):
+            (self.look.forward or run_batch)(self.look.model, batch)
         hand.finish()
         return hand.counts
 

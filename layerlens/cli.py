@@ -529,8 +529,10 @@ def _measure(
     for measure in dict.fromkeys(measures):
         more = extras if measure in pairs else single
         result = measure_network(network, dataset, measure, settings=settings, watch=_watch, **more)
-        matrix = isinstance(result, SimilarityMatrix)
-        drawn = figures.heatmap(result) if matrix else figures.layer_profile({str(model or checkpoint): result})
+        if isinstance(result, SimilarityMatrix):
+            drawn = figures.heatmap(result)
+        else:
+            drawn = figures.layer_profile({str(model or checkpoint): result})
         figures.save_figure(drawn, folder / result.measure, result)
         found.append(result)
     if influence:

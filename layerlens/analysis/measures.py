@@ -153,7 +153,8 @@ _ALL = (
     ),
     Measure(
         name="alignment", about="mean squared distance of two views on the sphere (range for alpha = 2)",
-        over="views", low=0, high=4, higher="less aligned", invariances=(ROTATION, SCALING, PERMUTATION, SAMPLE_SCALING), cost="np",
+        over="views", low=0, high=4, higher="less aligned", cost="np",
+        invariances=(ROTATION, SCALING, PERMUTATION, SAMPLE_SCALING),
         options={"alpha": 2.0}, source="Wang & Isola 2020, arXiv:2005.10242", oracle="definition in float64",
         home="geometry:alignment",
     ),
