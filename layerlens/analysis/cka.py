@@ -23,11 +23,13 @@ from layerlens.analysis.kernels import (
 from layerlens.analysis.resampling import cka_error, cka_of, fisher_intervals, sample_quantile
 from layerlens.analysis.results import Array, Flags, PermutationNull, SampleInfluence, SimilarityMatrix
 from layerlens.errors import BatchTooSmallError, ConfigError, NonFiniteError, ShapeError, check_known
+from layerlens.precision import full_precision
 
 ESTIMATORS = ("minibatch", "debiased", "biased")
 GROUPS = 64  # of batches or samples that a result keeps for resampling
 STRONGEST = 5  # samples that a result names per entry
 _POSITION_ROWS = 2048  # rows of a product in feature space
+_SMALL = 4096  # features of layers that are taken in together
 _CHECK_COLUMNS = 4096
 _CHECK_ROWS = 32  # samples of the first batch that are computed again in float64
 
@@ -109,30 +111,65 @@ class StreamingCKA:
         rows = {len(a) for a in activations}
         if len(rows) != 1:
             raise ShapeError(f"the layers have different sample counts in one batch: {sorted(rows)}")
+        if self._take_together(activations):
+            self.end_batch()
+            return
         for position, activation in enumerate(activations):
             self.take(position, activation)
         self.end_batch()
+
+    def _take_together(self, activations: Sequence[Tensor]) -> bool:
+        """Small layers on a CPU, whose centring would cost as much as the product; whether they were such.
+
+        U-centring takes the mean out afterwards, in float64: as exact, as long as the mean is no larger than the
+        variation. Layers where it is are centred first.
+        """
+        small = all(a.ndim == 2 and a.shape[1] <= _SMALL and a.dtype == torch.float32 for a in activations)
+        if not small or activations[0].device.type != "cpu" or self.kernel != "linear" or self.positions or self.check:
+            return False
+        n = self._make_room(activations[0])
+        assert self._stack is not None
+        assert self._spectrum is not None
+        half, grams = n // 2, torch.empty(len(activations), n, n)
+        with full_precision(grams.device):
+            for x, gram in zip(activations, grams, strict=True):
+                torch.mm(x.detach()[:half], x.detach().T, out=gram[:half])
+                torch.mm(x.detach()[half:], x.detach()[half:].T, out=gram[half:, half:])
+        grams[:, half:, :half] = grams[:, :half, half:].transpose(1, 2)
+        self._stack.copy_(grams)
+        mean = self._stack.sum((1, 2)) / n
+        spread = self._stack.diagonal(dim1=1, dim2=2).sum(1) - mean
+        self._spectrum[:, 2] = mean
+        for position in (~(mean <= spread)).nonzero().flatten().tolist():
+            self.take(position, activations[position])
+        return True
+
+    def _make_room(self, activation: Tensor) -> int:
+        """See that there is a place for each layer's Gram matrix; the number of samples."""
+        n = len(activation)
+        if n < 4:
+            raise BatchTooSmallError(
+                f"batch {len(self._sizes)} has {n} samples; unbiased HSIC needs at least 4: "
+                "use a larger batch, or drop_last=True in the loader"
+            )
+        if not self.positions and (self._stack is None or self._stack.shape[1] != n):
+            count, device = len(self.layers), activation.device
+            self._stack = torch.empty(count, n, n, dtype=torch.float64, device=device)
+            self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
+        return n
 
     def take(self, position: int, activation: Tensor) -> None:
         """Reduce one layer's activation (n, …) of the current batch to its Gram matrix.
 
         Position-wise rows are kept until the end of the batch instead: there, features are fewer than rows.
         """
-        n, first = len(activation), not self._sizes
-        if n < 4:
-            raise BatchTooSmallError(
-                f"batch {len(self._sizes)} has {n} samples; unbiased HSIC needs at least 4: "
-                "use a larger batch, or drop_last=True in the loader"
-            )
-        if self.check and first:
+        self._make_room(activation)
+        if self.check and not self._sizes:
             self._check_precision(position, activation)
         if self.positions:
             self._rows[position] = as_rows(activation).clone()
             return
-        if self._stack is None or self._stack.shape[1] != n:
-            count, device = len(self.layers), activation.device
-            self._stack = torch.empty(count, n, n, dtype=torch.float64, device=device)
-            self._spectrum = torch.empty(count, 4, dtype=torch.float64, device=device)
+        assert self._stack is not None
         assert self._spectrum is not None
         if self.kernel == "linear":
             gram, offset = column_gram(activation)
@@ -373,7 +410,7 @@ def influence_of(layers: Sequence[str], changes: Array) -> SampleInfluence:
     order = np.argsort(-size, axis=0, kind="stable")[:STRONGEST]
     return SampleInfluence(
         layers=tuple(layers), samples=len(changes), largest=largest,
-        z_score=(largest - middle) / max(spread, np.finfo(float).tiny), index=order.transpose(1, 2, 0),
+        z_score=(largest - middle) / max(spread, np.finfo(float).tiny), index=order.transpose(1, 2, 0).astype(np.int64),
         change=np.take_along_axis(np.nan_to_num(changes), order, 0).transpose(1, 2, 0),
     )  # fmt: skip
 
@@ -388,7 +425,7 @@ def _linear_spectrum(stack: Tensor, offset: Tensor) -> Tensor:
     n, rows = stack.shape[1], stack.sum(-1)
     whole = rows.sum(-1)
     spread = stack.diagonal(dim1=1, dim2=2).sum(-1) - whole / n
-    square = torch.stack([gram.square().sum() for gram in stack])
+    square = torch.linalg.vector_norm(stack.flatten(1), dim=1).square()
     square = square - 2 / n * rows.square().sum(-1) + (whole / n) ** 2
     return torch.stack([spread, square, spread + offset, square], dim=1)
 

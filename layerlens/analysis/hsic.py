@@ -17,7 +17,7 @@ from layerlens.analysis.kernels import u_centre_
 from layerlens.precision import full_precision
 
 _BLOCK = 1 << 20  # numbers in a temporary copy
-_PAIR_ROWS = 512  # samples that the second-order part of the error is estimated from
+_PAIR_ROWS = 512  # samples, at most, that the second-order part of the error is estimated from
 Chunks = Callable[[], Iterable[Sequence[Tensor]]]
 
 
@@ -45,19 +45,22 @@ def hsic_from_grams(stack: Tensor, *, counts: Tensor | None = None, errors: bool
     """HSIC from U-centred Gram matrices.
 
     Args:
-        stack: Float64, shape (L, n, n).
+        stack: Float32 or float64, shape (L, n, n); products are in float64.
         counts: Rows of each sample, where a sample has several (positions of a map); the error is then that between
             samples, to first order.
         errors: Whether to take the sampling error.
         each: Whether to keep what each sample adds.
     """
     count, n, _ = stack.shape
+    total = stack.new_zeros(count, count, dtype=torch.float64)
     if not errors and not each and counts is None:
-        flat = stack.flatten(1)
-        return HSIC(n, flat @ flat.T / (n * (n - 3)), stack.new_zeros(2, 3, count, count))
-    total, rows, kept = stack.new_zeros(count, count), stack.new_zeros(3, count, count), []
+        for block in stack.flatten(1).split(max(1, _BLOCK // count), dim=1):
+            total += block.double() @ block.double().T
+        return HSIC(n, total / (n * (n - 3)), total.new_zeros(2, 3, count, count))
+    rows, kept = total.new_zeros(3, count, count), []
     for block in stack.transpose(0, 1).split(max(1, _BLOCK // (count * max(n, count)))):  # (s, L, n)
-        c = block @ block.transpose(1, 2)
+        wide = block.double()
+        c = wide @ wide.transpose(1, 2)
         total += c.sum(0)
         rows += _row_products(c)
         if each or counts is not None:
@@ -197,9 +200,9 @@ def _pair_products(stack: Tensor, samples: int) -> Tensor:
     Only the part of the sampling error that falls with 1/n² rests on it.
     """
     count, n, _ = stack.shape
-    step = -(-n // _PAIR_ROWS)
+    step = -(-n // min(_PAIR_ROWS, max(64, n // 2)))
     few = stack[:, ::step, ::step]
-    rows, products = few.shape[1], stack.new_zeros(2, count, count)
+    rows, products = few.shape[1], stack.new_zeros(2, count, count, dtype=torch.float64)
     for block in few.transpose(0, 1).split(max(1, _BLOCK // (count * rows))):
         flat = block.transpose(0, 1).flatten(1).float()  # (L, s·n); float32 is ample for a variance
         squares = flat.square()

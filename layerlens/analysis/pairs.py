@@ -80,12 +80,11 @@ class PairAccumulator:
             NonFiniteError: NaN or infinity in a layer.
             ConfigError: Too little memory; the message says the least that works.
         """
-        n, store = self.store.samples, self.store
+        n = self.store.samples
         if not n:
             raise ShapeError("no batch was seen yet")
         if n < _LEAST:
             raise BatchTooSmallError(f"{n} samples in all; {self.measure.name} needs at least {_LEAST}")
-        store.refuse_non_finite()
         self._fit_in_memory(n)
         everything = self._prepare(None)
         values = self._compare(everything, everything)

@@ -161,7 +161,6 @@ class _WholeSet:
         pass
 
     def profile(self, level: float) -> LayerProfile:
-        self.store.refuse_non_finite()
         n = self.store.samples
         values = self._values(None)
         low, high = np.full(values.shape, np.nan), np.full(values.shape, np.nan)

@@ -318,7 +318,7 @@ class SampleInfluence(Result):
     samples: int
     largest: Array
     z_score: Array
-    index: Array
+    index: npt.NDArray[np.int64]
     change: Array
 
     def __post_init__(self) -> None:

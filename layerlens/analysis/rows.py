@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerlens.analysis.kernels import as_rows
-from layerlens.errors import ConfigError, NonFiniteError, ShapeError
+from layerlens.errors import ConfigError, ShapeError
 
 MIB = 2**20
 _COLUMN_BLOCK = 1 << 20  # numbers in a piece of columns
@@ -20,8 +20,8 @@ _COLUMN_BLOCK = 1 << 20  # numbers in a piece of columns
 class RowStore:
     """Rows of L layers over all samples.
 
-    Up to half of `memory_mib` the rows stay where the model put them; beyond that all of them lie in temporary
-    files on disk, which vanish with the store, and are read in pieces.
+    Up to three quarters of `memory_mib` the rows stay where the model put them; beyond that all of them lie in
+    temporary files on disk, which vanish with the store, and are read in pieces.
 
     Args:
         layers: Names, for messages.
@@ -37,11 +37,15 @@ class RowStore:
         self._shapes: list[list[int]] = [[0, 0] for _ in layers]  # rows, width
         self._types: list[torch.dtype] = [torch.float32 for _ in layers]
         self._given: list[torch.dtype] = [torch.float32 for _ in layers]
-        self._sums: list[Tensor | None] = [None for _ in layers]
-        self._squares: list[Tensor | None] = [None for _ in layers]
+        self._means: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def append(self, position: int, activation: Tensor) -> None:
-        """Keep a copy of one layer's rows of a batch.
+    def append(self, position: int, activation: Tensor, *, copy: bool = True) -> None:
+        """Keep one layer's rows of a batch.
+
+        Args:
+            position: Of the layer.
+            activation: Shape (n, …).
+            copy: False keeps the tensor itself, which then must stay as it is.
 
         Raises:
             ShapeError: Another width than before.
@@ -52,19 +56,15 @@ class RowStore:
                 f"layer {self.layers[position]!r} gives {rows.shape[1]} features per row after {shape[1]} in earlier "
                 "batches; pool its maps with reduce='pool'"
             )
-        wide = rows.sum(0, dtype=torch.float64)
-        square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
-        held = self._sums[position], self._squares[position]
-        self._sums[position] = wide if held[0] is None else held[0] + wide
-        self._squares[position] = square if held[1] is None else held[1] + square
         self._types[position], self._given[position] = rows.dtype, activation.dtype
         shape[0], shape[1] = shape[0] + len(rows), rows.shape[1]
+        self._means.pop(position, None)
         if self._files:
             self._write(position, rows)
             return
-        copied = rows.data_ptr() != activation.data_ptr()
-        self._parts[position].append(rows if copied else rows.clone(memory_format=torch.contiguous_format))
-        if self.bytes > self.memory // 2:
+        same = rows.data_ptr() == activation.data_ptr()
+        self._parts[position].append(rows.clone(memory_format=torch.contiguous_format) if same and copy else rows)
+        if self.bytes > self.memory * 3 // 4:
             self._spill()
 
     @property
@@ -96,8 +96,8 @@ class RowStore:
 
     def device(self, position: int) -> torch.device:
         """Where a layer's rows are handed out."""
-        total = self._sums[position]
-        return torch.device("cpu") if total is None or self._files else total.device
+        parts = self._parts[position]
+        return parts[0].device if parts else torch.device("cpu")
 
     def dtype(self, position: int) -> torch.dtype:
         """Of a layer's rows: at least float32."""
@@ -107,16 +107,10 @@ class RowStore:
         """What a layer's activations came in, below float32 too: how finely its numbers are rounded."""
         return self._given[position]
 
-    def mean(self, position: int) -> Tensor:
-        """Mean of a layer's features, float64, shape (p,)."""
-        total = self._sums[position]
-        assert total is not None
-        return (total / self._shapes[position][0]).to(self.device(position))
-
-    def squared_norm(self, position: int) -> float:
-        """Squared norm of a layer's rows before centring."""
-        found = self._squares[position]
-        return float(found) if found is not None else 0.0
+    def offset(self, position: int) -> float:
+        """n·‖mean‖² of a layer, what centring takes off its squared norm."""
+        coarse, fine = self._mean_in_two(position)
+        return self._shapes[position][0] * float((coarse.double() + fine.double()).square().sum())
 
     def read(self, position: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start to stop of a layer, shape (stop - start, p); a view where they are in memory in one piece."""
@@ -132,6 +126,18 @@ class RowStore:
         file.seek(0, 2)
         return torch.from_numpy(found.reshape(stop - start, width))
 
+    def uncentred(self, position: int) -> Tensor | None:
+        """All rows of a layer as they are, where they lie in one piece on a CPU and their mean is no burden.
+
+        That is where its square is at most the variance, over up to 512 columns spread over all.
+        """
+        parts = self._parts[position]
+        if len(parts) != 1 or parts[0].device.type != "cpu":
+            return None
+        some = parts[0][:, :: -(-parts[0].shape[1] // 512)].double()
+        mean = some.mean(0)
+        return parts[0] if bool(mean.square().sum() <= (some - mean).square().sum() / len(some)) else None
+
     def centred(self, position: int, start: int = 0, stop: int | None = None) -> Tensor:
         """The same rows less the mean over all samples; a copy.
 
@@ -142,32 +148,19 @@ class RowStore:
 
     def centred_columns(self, position: int, start: int, stop: int) -> Iterator[Tensor]:
         """The same in pieces of columns, side by side, each about 4 MiB on a CPU."""
+        if position not in self._means and not self._files and (start, stop) == (0, self._shapes[position][0]):
+            yield from self._centre_all(position)
+            return
         coarse, fine = self._mean_in_two(position)
         whole = self.read(position, start, stop) if self._files else None
-        width = len(coarse)
-        step = width if coarse.device.type != "cpu" else max(64, _COLUMN_BLOCK // (stop - start))
-        for begin in range(0, width, step):
-            cut = slice(begin, begin + step)
-            block = self._block(position, start, stop, cut) if whole is None else whole[:, cut]
-            yield (block - coarse[cut]).sub_(fine[cut])
+        for columns in self._cuts(position, stop - start):
+            block = self._block(position, start, stop, columns) if whole is None else whole[:, columns]
+            yield (block - coarse[columns]).sub_(fine[columns])
 
     def pieces(self, rows: int) -> Iterator[list[Tensor]]:
         """Centred rows of all layers, some samples at a time."""
         for start in range(0, self.samples, rows):
             yield [self.centred(i, start, start + rows) for i in range(len(self.layers))]
-
-    def refuse_non_finite(self) -> None:
-        """See that no layer holds NaN or infinity.
-
-        Raises:
-            NonFiniteError: It names the first layer that does.
-        """
-        for name, total, square in zip(self.layers, self._sums, self._squares, strict=True):
-            if total is not None and square is not None and not bool(total.isfinite().all() & square.isfinite()):
-                raise NonFiniteError(
-                    f"NaN or infinity in the activations of layer {name!r}, or numbers above 1e19; "
-                    "check the input and the weights"
-                )
 
     def close(self) -> None:
         """Let go of all rows."""
@@ -176,9 +169,37 @@ class RowStore:
         self._files, self._parts = [], [[] for _ in self.layers]
 
     def _mean_in_two(self, position: int) -> tuple[Tensor, Tensor]:
-        mean = self.mean(position)
-        coarse = mean.to(self._types[position])
-        return coarse, (mean - coarse.double()).to(coarse.dtype)
+        """The mean of a layer's features in its own type, and what rounding left of it; found once all rows are in."""
+        if position not in self._means and self._files:
+            count, width = self._shapes[position]
+            step = max(1, _COLUMN_BLOCK // max(width, 1))
+            total = torch.zeros(width, dtype=torch.float64)
+            for start in range(0, count, step):
+                total += self.read(position, start, start + step).sum(0, dtype=torch.float64)
+            mean = total / count
+            coarse = mean.to(self._types[position])
+            self._means[position] = coarse, (mean - coarse.double()).to(coarse.dtype)
+        for _ in self._centre_all(position) if position not in self._means else ():
+            pass
+        return self._means[position]
+
+    def _centre_all(self, position: int) -> Iterator[Tensor]:
+        """Centred columns of all rows in memory; the mean is kept on the way."""
+        count, parts = self._shapes[position][0], []
+        share = torch.full((count,), 1 / count, dtype=self._types[position], device=self.device(position))
+        for columns in self._cuts(position, count):
+            block = self._block(position, 0, count, columns)
+            coarse = torch.mv(block.T, share)  # twice as fast as `mean`, and what it leaves goes below
+            centred = block - coarse
+            fine = torch.mv(centred.T, share)
+            parts.append((coarse, fine))
+            yield centred.sub_(fine)
+        self._means[position] = torch.cat([c for c, _ in parts]), torch.cat([f for _, f in parts])
+
+    def _cuts(self, position: int, rows: int) -> list[slice]:
+        width = self._shapes[position][1]
+        step = width if self.device(position).type != "cpu" else max(64, _COLUMN_BLOCK // max(rows, 1))
+        return [slice(begin, begin + step) for begin in range(0, width, max(step, 1))]
 
     def _block(self, position: int, start: int, stop: int, columns: slice) -> Tensor:
         return _rows_between([part[:, columns] for part in self._parts[position]], start, stop)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from layerlens.analysis.cka import GROUPS, StreamingCKA, influence_of, null_of, without_each
 from layerlens.analysis.hsic import HSIC, few_grams, hsic_from_features, hsic_from_grams, hsic_from_parts
-from layerlens.analysis.kernels import CONSTANT, h_centre, rbf, u_centre_
+from layerlens.analysis.kernels import CONSTANT, h_centre, rbf, rbf_from_gram, u_centre, u_centre_
 from layerlens.analysis.resampling import cka_error, cka_of
 from layerlens.analysis.results import Array, Flags, SampleInfluence, SimilarityMatrix
 from layerlens.analysis.rows import MIB, RowStore
-from layerlens.errors import BatchTooSmallError, ConfigError, DegenerateError, ShapeError, check_known
+from layerlens.errors import BatchTooSmallError, ConfigError, DegenerateError, NonFiniteError, ShapeError, check_known
 from layerlens.precision import full_precision
 
 _PIECE = 2048  # rows of a product in feature space
@@ -58,13 +58,27 @@ class WholeSetCKA(StreamingCKA):
         super().reset()
         self._store = RowStore(self.layers, self.memory_mib)
         self._counts: list[Tensor] = []
-        self._seen = 0
+        self._seen, self._copies = 0, True
 
     def take(self, position: int, activation: Tensor) -> None:
         """Keep a copy of one layer's rows of the current batch."""
         if self.check and not self._seen and len(activation) >= 4:
             self._check_precision(position, activation)
-        self._store.append(position, activation)
+        self._store.append(position, activation, copy=self._copies)
+
+    def update(self, activations: Sequence[Tensor], *, copy: bool = True) -> None:
+        """Take one batch, an activation (n, …) for each layer in order.
+
+        Args:
+            activations: Of the layers.
+            copy: False keeps the tensors themselves, which then must stay as they are.
+        """
+        self._copies = copy
+        super().update(activations)
+        self._copies = True
+
+    def _take_together(self, activations: Sequence[Tensor]) -> bool:
+        return False
 
     def end_batch(self) -> None:
         """All layers of the batch have been handed over."""
@@ -114,7 +128,9 @@ class WholeSetCKA(StreamingCKA):
     def influence(self) -> SampleInfluence:
         """How much leaving out each sample moves each entry of debiased CKA, in closed form and exactly."""
         hsic = self._sums().hsic
-        if hsic.each is None or self.positions:
+        if hsic.each is None:
+            raise ShapeError("no influence was kept; make the accumulator with influence=True")
+        if self.positions:
             raise ShapeError("influence is of single samples; it is not defined for positions")
         less = without_each(hsic.each, hsic.samples).cpu().numpy()
         return influence_of(self.layers, cka_of(less) - cka_of(hsic.value.cpu().numpy()))
@@ -125,7 +141,6 @@ class WholeSetCKA(StreamingCKA):
             if not store.samples:
                 raise ShapeError("no batch was seen yet")
             raise BatchTooSmallError(f"{store.samples} samples in all; unbiased HSIC needs at least 4")
-        store.refuse_non_finite()
         free = store.memory - (0 if store.on_disk else store.bytes)
         plan = plan_whole_set(
             store.samples, store.widths, kernel=self.kernel, bytes_free=free, on_disk=store.on_disk,
@@ -137,7 +152,9 @@ class WholeSetCKA(StreamingCKA):
                 return _by_features(store, counts)
             factor = self.rbf_factor if self.kernel == "rbf" else None
             if plan.tile >= store.samples:
-                return _by_one_gram(store, factor, counts, self.permutations, self._generator)
+                return _by_one_gram(
+                    store, factor, counts, self.errors or self.keep_each, self.permutations, self._generator
+                )
             return _by_tiles(store, plan.tile, factor, counts)
 
 
@@ -262,10 +279,17 @@ def _biased(hsic: HSIC, diagonals: Tensor) -> Array:
     return total.cpu().numpy()
 
 
-def _assemble(store: RowStore, hsic: HSIC, diagonals: Tensor, **linear: Any) -> _Sums:
+def _assemble(store: RowStore, hsic: HSIC, diagonals: Tensor, *, scale: Array | None = None, **linear: Any) -> _Sums:
     """The kernel's own trace and squared norm are those of the rows, unless `linear` gives them."""
     found = {"spread": diagonals.sum(0).cpu().numpy(), "square": np.diagonal(_biased(hsic, diagonals)), **linear}
-    scale = np.array([store.squared_norm(i) for i in range(len(store.layers))])
+    if scale is None:
+        scale = found["spread"] + np.array([store.offset(i) for i in range(len(store.layers))])
+    if not np.isfinite(scale).all():
+        name = store.layers[int(np.flatnonzero(~np.isfinite(scale))[0])]
+        raise NonFiniteError(
+            f"NaN or infinity in the activations of layer {name!r}, or numbers above 1e19; check the input and the "
+            "weights"
+        )
     return _Sums(hsic=hsic, diagonals=diagonals, scale=scale, **found)
 
 
@@ -278,26 +302,52 @@ def _by_features(store: RowStore, counts: Tensor | None) -> _Sums:
 
 
 def _by_one_gram(
-    store: RowStore, factor: float | None, counts: Tensor | None, permutations: int, generator: torch.Generator
-) -> _Sums:
+    store: RowStore, factor: float | None, counts: Tensor | None, errors: bool, permutations: int,
+    generator: torch.Generator,
+) -> _Sums:  # fmt: skip
     """All Gram matrices side by side in memory."""
     n, count = store.samples, len(store.layers)
-    stack = torch.empty(count, n, n, dtype=torch.float64, device=store.device(0))
+    exact = factor is not None or torch.float64 in {store.dtype(i) for i in range(count)}
+    stack = torch.empty(count, n, n, dtype=torch.float64 if exact else torch.float32, device=store.device(0))
+    diagonals, scales = list[Tensor](), np.zeros(count)
     linear: dict[str, Any] = {"spread": np.zeros(count), "square": np.zeros(count)}
     for i, place in enumerate(stack):
-        gram = _gram(store, i, slice(0, n), slice(0, n), exact=factor is not None)
         if factor is None:
-            place.copy_(gram)
-            continue
-        linear["spread"][i], linear["square"][i] = float(gram.trace()), float(gram.square().sum())
-        squared = _distances(gram, gram.diagonal(), gram.diagonal())
-        upper = torch.triu_indices(n, n, 1, device=gram.device)
-        kernel = rbf(squared, factor**2 * squared[upper[0], upper[1]].median())
-        place.copy_(h_centre(kernel))
-    diagonals = stack.diagonal(dim1=1, dim2=2).T.clone()
-    hsic = hsic_from_grams(u_centre_(stack), counts=counts, each=True)
+            diagonal, scales[i] = _u_centred_gram(store, i, place)
+        else:
+            gram = _gram(store, i, slice(0, n), slice(0, n), exact=True)
+            linear["spread"][i], linear["square"][i] = float(gram.trace()), float(gram.square().sum())
+            centred = h_centre(rbf_from_gram(gram, factor))
+            place.copy_(u_centre(centred))
+            diagonal, scales[i] = centred.diagonal(), linear["spread"][i] + store.offset(i)
+        diagonals.append(diagonal.to(stack.device))
+    hsic = hsic_from_grams(stack, counts=counts, errors=errors, each=errors)
     wrong = _wrong_pairings(stack, permutations, generator) if permutations else None
-    return _assemble(store, hsic, diagonals, wrong=wrong, **(linear if factor is not None else {}))
+    given = linear if factor is not None else {}
+    return _assemble(store, hsic, torch.stack(diagonals, 1), scale=scales, wrong=wrong, **given)
+
+
+def _u_centred_gram(store: RowStore, position: int, place: Tensor) -> tuple[Tensor, float]:
+    """Put a layer's U-centred Gram matrix in its place; its diagonal when centred, and its trace before centring.
+
+    Where the mean is no larger than the variation, U-centring takes it out as exactly as centring the rows would,
+    and BLAS can have the rows as they are.
+    """
+    n = store.samples
+    raw, shift = store.uncentred(position), torch.zeros(())
+    if raw is not None:
+        gram = torch.from_numpy(raw.numpy() @ raw.numpy().T)  # NumPy takes the symmetric product
+        rows = gram.sum(1, dtype=torch.float64)
+        diagonal = gram.diagonal().double() - 2 * rows / n + rows.sum() / n**2
+        scale = float(gram.diagonal().sum(dtype=torch.float64))
+        shift = rows / n - rows.sum() / (2 * n**2)
+    else:
+        gram = _gram(store, position, slice(0, n), slice(0, n))
+        diagonal = gram.diagonal().double()
+        scale = float(diagonal.sum()) + store.offset(position)
+    u = (diagonal / (n - 2) - diagonal.sum() / (2 * (n - 1) * (n - 2)) - shift).to(gram.dtype)
+    place.copy_(gram.add_(u[:, None]).add_(u).fill_diagonal_(0.0))
+    return diagonal, scale
 
 
 def _by_tiles(store: RowStore, tile: int, factor: float | None, counts: Tensor | None) -> _Sums:
@@ -467,12 +517,12 @@ def _row_sums(stack: Tensor) -> Tensor:
 
 
 def _wrong_pairings(stack: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
-    n, flat = stack.shape[1], stack.flatten(1)
-    found = stack.new_empty(permutations, len(stack), len(stack))
+    n, flat = stack.shape[1], stack.flatten(1).double()
+    found = flat.new_empty(permutations, len(stack), len(stack))
     for draw in found:
         order = torch.randperm(n, generator=generator).to(stack.device)
         for j, gram in enumerate(stack):
-            draw[:, j] = flat @ gram[order][:, order].flatten()
+            draw[:, j] = flat @ gram[order][:, order].flatten().double()
     return found / (n * (n - 3))
 
 
@@ -481,8 +531,10 @@ def _sample_groups(hsic: HSIC, dead: Flags) -> tuple[Array, Array]:
 
     What a sample adds moves HSIC, a mean over pairs, twice: hence the factor.
     """
-    assert hsic.each is not None
-    each, whole = hsic.each.cpu().numpy(), hsic.value.cpu().numpy()
+    whole = hsic.value.cpu().numpy()
+    if hsic.each is None:
+        return _without(whole, dead)[None], np.array([float(hsic.samples)])
+    each = hsic.each.cpu().numpy()
     groups = min(GROUPS, len(each) // 4)
     if groups < 2:
         return _without(whole, dead)[None], np.array([float(len(each))])

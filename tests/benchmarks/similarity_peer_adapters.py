@@ -223,7 +223,7 @@ def tools() -> list[Tool]:
              notes="two forward passes; Gram matrices anew for each pair; here under no_grad; a later in-place ReLU "
              "changes what it kept"),
         Tool(name="pytorch-cka", takes="model", estimator="minibatch-equal", run=pytorch_cka_model, **second,
-             notes="float32, clamped to [0, 1]; keeps all activations of a batch, and a later in-place ReLU changes them"),
+             notes="float32, clamped to [0, 1]; keeps a batch's activations; a later in-place ReLU changes them"),
         Tool(name="cka-pytorch", takes="model", estimator="minibatch-equal", run=cka_pytorch_model, **third,
              notes="two forward passes; adds 1e-4 under the root; here 1 epoch, not 10"),
         Tool(name="ckatorch", takes="model", estimator="minibatch-equal", run=ckatorch_model, **fourth,
