@@ -17,6 +17,7 @@ from layerlens.analysis.rows import MIB, RowStore
 from layerlens.errors import BatchTooSmallError, ConfigError, DegenerateError, LayerlensError, ShapeError
 
 _LEAST = 4
+_BLOCK_ROWS = 1024  # of samples whose neighbours are found together
 Pair = tuple[int, int]
 
 
@@ -188,12 +189,17 @@ class PairAccumulator:
         return made
 
     def _fit_in_memory(self, n: int) -> None:
-        widest = max(self.store.widths)
-        kept = {"rsa_spearman": n * n / 2, "rsa_pearson": n * n / 2, "mutual_knn": n * self.options.get("k", 0)}
-        each = kept.get(self.measure.name, n * min(n, widest) + (n * widest / 2 if self.measure.name == "pwcca" else 0))
-        least = 8 * (2 * len(self.layers) * each + 5 * min(n, 2048) * n) + 8 * n * widest
-        if self.measure.name != "mutual_knn":
-            least += 8 * 5 * n * n
+        widest, name = max(self.store.widths), self.measure.name
+        rank = min(n, widest)
+        if name.startswith("rsa"):
+            each, work = n * n / 2, 5 * n * n
+        elif name == "mutual_knn":
+            each, work = n * self.options["k"], 3 * _BLOCK_ROWS * n
+        else:
+            each = n * rank + (rank * widest / 2 if name == "pwcca" else 0)
+            work = 5 * rank * rank + 3 * n * rank
+        twice = 2 if self.groups or self.permutations else 1
+        least = 8 * (twice * len(self.layers) * each + work) + 8 * n * widest
         have = self.store.memory - (0 if self.store.on_disk else self.store.bytes)
         if least > have:
             short = -int(-(least - have) // MIB)
