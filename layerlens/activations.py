@@ -243,7 +243,7 @@ class _Hand:
         counts = self.reduce.counts(output, self.mask)
         if self.counts is None:
             self.counts = counts
-        elif counts is not None and counts.shape == self.counts.shape and int(counts[0]) != int(self.counts[0]):
+        elif self.mask is None and counts is not None and int(counts[0]) != int(self.counts[0]):
             raise ShapeError(
                 f"layer {name!r} has {int(counts[0])} positions per sample and an earlier layer "
                 f"{int(self.counts[0])}: they can't be compared position by position; average the maps to one grid "
@@ -264,7 +264,7 @@ def _checksum(batch: Batch) -> Tensor:
 
 
 def _digest(checksums: Sequence[Tensor]) -> str:
-    numbers = [f"{float(value):.6e}" for value in torch.stack([c.cpu() for c in checksums])]
+    numbers = [f"{float(value):.6e}" for value in torch.stack(list(checksums)).tolist()]
     return hashlib.sha256(" ".join(numbers).encode()).hexdigest()[:16]
 
 

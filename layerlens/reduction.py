@@ -82,7 +82,7 @@ class Reduction:
         if mask is not None and output.ndim == 3 and output.shape[:2] == mask.shape:
             return mask.bool().sum(1)
         spots = self._spots(output)
-        return None if spots is None else torch.full((len(output),), spots.shape[1], device=output.device)
+        return None if spots is None else torch.full((len(output),), spots.shape[1])
 
     def _spots(self, output: Tensor) -> Tensor | None:
         """Shape (n, positions, d), or None for an output without positions."""

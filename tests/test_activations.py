@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from layerlens.activations import capture, features, sweep, to_device
-from layerlens.reduction import masked_mean
 from layerlens.errors import DataError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Layer, discover, run_batch
 from layerlens.models import build_model
+from layerlens.reduction import masked_mean
 from layerlens.untouched import untouched
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerlens.analysis.hsic import HSIC, hsic_from_features, hsic_from_grams
 from layerlens.analysis.kernels import (
+    BURDEN,
     CONSTANT,
     KERNELS,
     as_rows,
@@ -121,8 +122,8 @@ class StreamingCKA:
     def _take_together(self, activations: Sequence[Tensor]) -> bool:
         """Small layers on a CPU, whose centring would cost as much as the product; whether they were such.
 
-        U-centring takes the mean out afterwards, in float64: as exact, as long as the mean is no larger than the
-        variation. Layers where it is are centred first.
+        U-centring takes the mean out afterwards, in float64: nearly as exact, as long as the mean is not much larger
+        than the variation. Layers where it is are centred first.
         """
         small = all(a.ndim == 2 and a.shape[1] <= _SMALL and a.dtype == torch.float32 for a in activations)
         if not small or activations[0].device.type != "cpu" or self.kernel != "linear" or self.positions or self.check:
@@ -140,7 +141,7 @@ class StreamingCKA:
         mean = self._stack.sum((1, 2)) / n
         spread = self._stack.diagonal(dim1=1, dim2=2).sum(1) - mean
         self._spectrum[:, 2] = mean
-        for position in (~(mean <= spread)).nonzero().flatten().tolist():
+        for position in (~(mean <= BURDEN * spread)).nonzero().flatten().tolist():
             self.take(position, activations[position])
         return True
 
@@ -224,7 +225,7 @@ class StreamingCKA:
         return {
             **{name: [t.cpu() for t in found] for name, found in batches.items()},
             **{name: None if t is None else t.cpu() for name, t in summed.items()},
-            "sizes": list(self._sizes), "checked": dict(self._checked),
+            "sizes": list(self._sizes), "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -369,7 +370,7 @@ class StreamingCKA:
         used = column_gram(few)[0].double()
         if self.kernel == "rbf":
             used, gram = (rbf_from_gram(k, self.rbf_factor) for k in (centred_gram(few.double())[0], gram))
-        self._checked[position] = (u_centre(used).cpu(), u_centre(gram).cpu())
+        self._checked[position] = (u_centre(used), u_centre(gram))
 
     def _precision_error(self) -> float:
         """Largest difference in a CKA entry between the two ways; NaN if it was not checked."""
@@ -377,7 +378,7 @@ class StreamingCKA:
             return float("nan")
         ways = []
         for way in (0, 1):
-            flat = torch.stack([pair[way].flatten() for _, pair in sorted(self._checked.items())])
+            flat = torch.stack([pair[way].cpu().flatten() for _, pair in sorted(self._checked.items())])
             ways.append(cka_of((flat @ flat.T).numpy()))
         apart = np.abs(ways[0] - ways[1])
         return float(np.nanmax(apart)) if np.isfinite(apart).any() else float("nan")

@@ -86,7 +86,8 @@ def hsic_from_parts(
     if counts is None:
         covariance = _u_statistic_covariance(n, total, _row_products(parts), _pair_products(few, n))
     else:
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=parts.device), counts.to(parts.device))
+        places = torch.arange(len(counts), device=parts.device)
+        owner = torch.repeat_interleave(places, counts.to(parts.device), output_size=n)
         parts = parts.new_zeros(len(counts), *parts.shape[1:]).index_add_(0, owner, parts)
         covariance = _between_samples(parts, total) / (n * (n - 3)) ** 2
     kept = parts * (len(parts) / (n * (n - 3))) if each else None
@@ -133,7 +134,7 @@ def _feature_moments(chunks: Chunks, widths: Sequence[int]) -> _Moments:
     width, device = sum(widths), next(iter(chunks()))[0].device
     covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
     weighted = torch.zeros(width, len(widths), dtype=torch.float64, device=device)
-    owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths), output_size=width)
     layers = torch.nn.functional.one_hot(owner, len(widths)).to(device, torch.float64)
     norms = []
     for piece in chunks():

@@ -9,6 +9,7 @@ from layerlens.precision import full_precision
 
 KERNELS = ("linear", "rbf")
 _CHUNK = 4096  # columns whose centred copy stays in a CPU's cache
+BURDEN = 4.0  # squared mean over variance up to which float32 Gram matrices may be centred after the product
 CONSTANT = 32 * torch.finfo(torch.float32).eps  # variation below this share of the size is rounding
 
 

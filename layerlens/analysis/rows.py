@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerlens.analysis.kernels import as_rows
+from layerlens.analysis.kernels import BURDEN, as_rows
 from layerlens.errors import ConfigError, ShapeError
 
 MIB = 2**20
@@ -129,14 +129,15 @@ class RowStore:
     def uncentred(self, position: int) -> Tensor | None:
         """All rows of a layer as they are, where they lie in one piece on a CPU and their mean is no burden.
 
-        That is where its square is at most the variance, over up to 512 columns spread over all.
+        That is where its square is at most four times the variance, over up to 512 columns spread over all.
         """
         parts = self._parts[position]
         if len(parts) != 1 or parts[0].device.type != "cpu":
             return None
         some = parts[0][:, :: -(-parts[0].shape[1] // 512)].double()
         mean = some.mean(0)
-        return parts[0] if bool(mean.square().sum() <= (some - mean).square().sum() / len(some)) else None
+        variance = (some - mean).square().sum() / len(some)
+        return parts[0] if bool(mean.square().sum() <= BURDEN * variance) else None
 
     def centred(self, position: int, start: int = 0, stop: int | None = None) -> Tensor:
         """The same rows less the mean over all samples; a copy.

@@ -89,7 +89,12 @@ class WholeSetCKA(StreamingCKA):
     def state(self) -> dict[str, Any]:
         """All rows seen so far, on the CPU."""
         rows = [self._store.read(i).cpu() for i in range(len(self.layers))] if self._seen else []
-        return {"rows": rows, "counts": list(self._counts), "seen": self._seen, "checked": dict(self._checked)}
+        return {
+            "rows": rows,
+            "counts": list(self._counts),
+            "seen": self._seen,
+            "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Add the rows that another accumulator of the same layers has seen."""
@@ -330,8 +335,8 @@ def _by_one_gram(
 def _u_centred_gram(store: RowStore, position: int, place: Tensor) -> tuple[Tensor, float]:
     """Put a layer's U-centred Gram matrix in its place; its diagonal when centred, and its trace before centring.
 
-    Where the mean is no larger than the variation, U-centring takes it out as exactly as centring the rows would,
-    and BLAS can have the rows as they are.
+    Where the mean is not much larger than the variation, U-centring takes it out nearly as exactly as centring the
+    rows would, and BLAS can have the rows as they are.
     """
     n = store.samples
     raw, shift = store.uncentred(position), torch.zeros(())

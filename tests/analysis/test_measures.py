@@ -169,10 +169,20 @@ def test_a_count_of_directions_is_at_most_the_smaller_side(name):
         ("pwcca", [1.0, 1, -1, -1], [1.0, -1, 1, -1], 0),
         ("procrustes", [1.0, 1, -1, -1], [1.0, -1, 1, -1], math.pi / 2),
         ("procrustes_squared", [1.0, 1, -1, -1], [1.0, -1, 1, -1], 2),
+        ("rankme", [1.0, 1, -1, -1], None, 1),
+        ("effective_rank", [1.0, 1, -1, -1], None, 1),
+        ("participation_ratio", [1.0, 1, -1, -1], None, 1),
+        ("uniformity", [1.0, -1], None, -8),
+        ("alignment", [1.0, -1], [-3.0, 2], 4),
+        ("invariance", [1.0, -1], [-3.0, 2], -1),
+        ("diversity", [1.0, -1], [-3.0, 2], -1),
     ],
 )
-def test_the_far_end_of_the_range_is_reached_by_layers_at_right_angles(name, x, y, low):
-    assert score(name, torch.tensor(x)[:, None], torch.tensor(y)[:, None]) == pytest.approx(low, abs=1e-6)
+def test_the_far_end_of_the_range_is_reached(name, x, y, low):
+    """By layers, or views, of one feature that are opposite, at right angles or on one line."""
+    x, y = (None if side is None else torch.tensor(side)[:, None] for side in (x, y))
+    assert score(name, x, y) == pytest.approx(low, abs=1e-6)
+    assert low in (MEASURES[name].low, MEASURES[name].high) or name == "cka"
 
 
 # --- direction ---------------------------------------------------------------------------------------------------

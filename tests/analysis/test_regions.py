@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from layerlens.analysis.similarity import cka_matrix
 from layerlens.analysis.regions import RegionSet, find_regions, segment
 from layerlens.analysis.resampling import cka_of, jackknife_intervals, leave_one_out
 from layerlens.analysis.results import SimilarityMatrix
+from layerlens.analysis.similarity import cka_matrix
 from layerlens.data import load_data
 from layerlens.errors import ConfigError, ShapeError, UnknownNameError
 from layerlens.training.network import load_network

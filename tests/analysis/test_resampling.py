@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from layerlens.analysis.cka import StreamingCKA
-from layerlens.analysis.whole_set import WholeSetCKA
 from layerlens.analysis.resampling import (
     bootstrap,
     cka_of,
@@ -15,6 +14,7 @@ from layerlens.analysis.resampling import (
     t_quantile,
 )
 from layerlens.analysis.results import SimilarityMatrix
+from layerlens.analysis.whole_set import WholeSetCKA
 
 
 def draw(*shape, seed=0):

@@ -14,7 +14,8 @@ def matrix(**changes):
     values = np.array([[1.0, 0.25, np.nan], [0.25, 1.0, np.nan], [np.nan, np.nan, np.nan]])
     given = {
         "layers": ("a", "b", "dead"), "values": values, "low": values - 0.1, "high": values + 0.1, "level": 0.9,
-        "options": {"kernel": "rbf", "estimator": "debiased"}, "samples": 20, "participation": np.array([2.0, 3.0, np.nan]),
+        "options": {"kernel": "rbf", "estimator": "debiased"}, "samples": 20,
+        "participation": np.array([2.0, 3.0, np.nan]),
         "blocks": np.ones((2, 3, 3)), "weights": np.array([10.0, 10.0]),
     }  # fmt: skip
     return SimilarityMatrix(**{**given, **changes})

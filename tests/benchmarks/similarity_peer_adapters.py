@@ -52,17 +52,20 @@ def layerlens_model(model: nn.Module, loader: DataLoader, names: Sequence[str]) 
     return torch.as_tensor(ll.cka_matrix(model, loader, names).values)
 
 
-def layerlens_batches(features: Rows, rows: int) -> Matrix:
-    cka = ll.StreamingCKA(layer_names(features))
-    for batch in zip(*(f.split(rows) for f in features), strict=True):
-        cka.update(list(batch))
-    return torch.as_tensor(cka.compute().values)
+def layerlens_batches(*, errors: bool) -> Callable[[Rows, int], Matrix]:
+    def run(features: Rows, rows: int) -> Matrix:
+        cka = ll.StreamingCKA(layer_names(features), errors=errors)
+        for batch in zip(*(f.split(rows) for f in features), strict=True):
+            cka.update(list(batch))
+        return torch.as_tensor(cka.compute().values)
+
+    return run
 
 
-def layerlens_whole(estimator: str) -> Callable[[Rows], Matrix]:
+def layerlens_whole(estimator: str, *, errors: bool) -> Callable[[Rows], Matrix]:
     def run(features: Rows) -> Matrix:
-        cka = ll.WholeSetCKA(layer_names(features), estimator=estimator)
-        cka.update(features)
+        cka = ll.WholeSetCKA(layer_names(features), estimator=estimator, errors=errors)
+        cka.update(features, copy=False)
         return torch.as_tensor(cka.compute().values)
 
     return run
@@ -228,16 +231,22 @@ def tools() -> list[Tool]:
              notes="two forward passes; adds 1e-4 under the root; here 1 epoch, not 10"),
         Tool(name="ckatorch", takes="model", estimator="minibatch-equal", run=ckatorch_model, **fourth,
              notes="expects (n, tokens, width); only the last batch counts"),
-        Tool(name="layerlens", takes="batches", estimator="minibatch", run=layerlens_batches, **own,
+        Tool(name="layerlens", takes="batches", estimator="minibatch", run=layerlens_batches(errors=True), **own,
              notes="intervals"),
+        Tool(name="layerlens plain", takes="batches", estimator="minibatch", run=layerlens_batches(errors=False),
+             **own, notes="errors=False: no intervals"),
         Tool(name="pytorch-cka", takes="batches", estimator="minibatch-equal", run=pytorch_cka_batches, **second,
              notes=composed),
         Tool(name="cka-pytorch", takes="batches", estimator="minibatch-equal", run=cka_pytorch_batches, **third,
              notes=composed),
         Tool(name="ckatorch", takes="batches", estimator="minibatch-equal", run=ckatorch_batches, **fourth,
              notes=composed),
-        Tool(name="layerlens", takes="whole", estimator="debiased", run=layerlens_whole("debiased"), **own),
-        Tool(name="layerlens biased", takes="whole", estimator="biased", run=layerlens_whole("biased"), **own),
+        Tool(name="layerlens", takes="whole", estimator="debiased", run=layerlens_whole("debiased", errors=True),
+             **own, notes="intervals"),
+        Tool(name="layerlens plain", takes="whole", estimator="debiased",
+             run=layerlens_whole("debiased", errors=False), **own, notes="errors=False: no intervals"),
+        Tool(name="layerlens biased", takes="whole", estimator="biased", run=layerlens_whole("biased", errors=True),
+             **own, notes="intervals"),
         Tool(name="pytorch-cka", takes="whole", estimator="debiased", run=pytorch_cka_whole, **second,
              notes="float32, clamped to [0, 1]"),
         Tool(name="ckatorch", takes="whole", estimator="debiased", run=ckatorch_whole, **fourth,
