@@ -300,7 +300,7 @@ def _name_of(matrix: SimilarityMatrix | CrossSimilarity) -> str:
 def _quantity(matrix: SimilarityMatrix | CrossSimilarity) -> str:
     measure = MEASURES[matrix.measure]
     name = "CKA" if matrix.measure == "cka" else matrix.measure.replace("_", " ")
-    return name if measure.higher_is_alike else f"{name} ({measure.higher})"
+    return name if measure.higher_is_alike else f"{name} (higher is {measure.higher})"
 
 
 def _annotate(axes: Axes, matrix: SimilarityMatrix | CrossSimilarity) -> None:

@@ -102,6 +102,8 @@ class StreamingCKA:
         self._spectrum: Tensor | None = None
         self._checked: dict[int, tuple[Tensor, Tensor]] = {}
         self._rows: dict[int, Tensor] = {}
+        self._taken: set[int] = set()
+        self._images = 0
         self.counts: Tensor | None = None
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -141,6 +143,7 @@ class StreamingCKA:
         mean = self._stack.sum((1, 2)) / n
         spread = self._stack.diagonal(dim1=1, dim2=2).sum(1) - mean
         self._spectrum[:, 2] = mean
+        self._taken.update(range(len(activations)))
         for position in (~(mean <= BURDEN * spread)).nonzero().flatten().tolist():
             self.take(position, activations[position])
         return True
@@ -165,6 +168,7 @@ class StreamingCKA:
         Position-wise rows are kept until the end of the batch instead: there, features are fewer than rows.
         """
         self._make_room(activation)
+        self._taken.add(position)
         if self.check and not self._sizes:
             self._check_precision(position, activation)
         if self.positions:
@@ -183,12 +187,20 @@ class StreamingCKA:
             self._stack[position] = kernel
 
     def end_batch(self) -> None:
-        """All pairs of the batch in one product."""
+        """All pairs of the batch in one product.
+
+        Raises:
+            ShapeError: Some layer was not handed over.
+        """
+        absent = [name for position, name in enumerate(self.layers) if position not in self._taken]
+        if absent:
+            raise ShapeError(f"no activation of {', '.join(absent[:3])} was handed over in batch {len(self._sizes)}")
+        self._taken.clear()
         if self.positions:
             found, spectrum = self._end_of_positions()
         else:
-            if self._stack is None or self._spectrum is None:
-                raise ShapeError("no activation was handed over in this batch")
+            assert self._stack is not None
+            assert self._spectrum is not None
             spectrum = self._spectrum.clone()
             if self.kernel == "linear":
                 spectrum = _linear_spectrum(self._stack, spectrum[:, 2])
@@ -198,6 +210,7 @@ class StreamingCKA:
         self._blocks.append(found.value)
         self._spectra.append(spectrum)
         self._sizes.append(found.samples)
+        self._images += found.samples if self.counts is None else len(self.counts)
         weighted = found.covariance * found.samples**2
         self._covariance = weighted if self._covariance is None else self._covariance + weighted
         if found.each is not None:
@@ -225,7 +238,7 @@ class StreamingCKA:
         return {
             **{name: [t.cpu() for t in found] for name, found in batches.items()},
             **{name: None if t is None else t.cpu() for name, t in summed.items()},
-            "sizes": list(self._sizes), "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
+            "sizes": list(self._sizes), "images": self._images, "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -235,6 +248,7 @@ class StreamingCKA:
         self._spectra += [t.to(device) for t in state["spectra"]]
         self._each += [t.to(device) for t in state["each"]]
         self._sizes += state["sizes"]
+        self._images += state["images"]
         self._checked = self._checked or state["checked"]
         for name in ("covariance", "shuffled"):
             mine, theirs = getattr(self, f"_{name}"), state[name]
@@ -288,7 +302,7 @@ class StreamingCKA:
     ) -> SimilarityMatrix:  # fmt: skip
         low, high = np.full(values.shape, np.nan), np.full(values.shape, np.nan)
         if self.errors:
-            low, high = fisher_intervals(values, error, sample_quantile(self.level, samples))
+            low, high = fisher_intervals(values, error, sample_quantile(self.level, self._images))
         alive = np.flatnonzero(~np.isnan(values.diagonal()))
         low[alive, alive] = high[alive, alive] = 1.0
         options: dict[str, Any] = {"kernel": self.kernel, "estimator": self.estimator}
@@ -301,8 +315,6 @@ class StreamingCKA:
         )  # fmt: skip
 
     def _end_of_positions(self) -> tuple[HSIC, Tensor]:
-        if len(self._rows) != len(self.layers):
-            raise ShapeError("no activation was handed over in this batch")
         rows, spectrum = [], []
         for _, x in sorted(self._rows.items()):
             mean = x.mean(0)

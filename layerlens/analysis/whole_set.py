@@ -84,6 +84,7 @@ class WholeSetCKA(StreamingCKA):
         """All layers of the batch have been handed over."""
         if self.counts is not None:
             self._counts.append(self.counts.cpu())
+            self._images += len(self.counts)
         self._seen += 1
 
     def state(self) -> dict[str, Any]:
@@ -101,6 +102,7 @@ class WholeSetCKA(StreamingCKA):
         for position, rows in enumerate(state["rows"]):
             self._store.append(position, rows)
         self._counts += state["counts"]
+        self._images += sum(len(counts) for counts in state["counts"])
         self._seen += state["seen"]
         self._checked = self._checked or state["checked"]
 
@@ -114,6 +116,8 @@ class WholeSetCKA(StreamingCKA):
             ConfigError: Not even one tile fits in the memory; the message says the least that works.
         """
         found = self._sums()
+        if not self._counts:
+            self._images = found.hsic.samples
         hsic, biased = found.hsic.value.cpu().numpy(), found.biased
         n, dead = found.hsic.samples, found.spread <= CONSTANT**2 * found.scale
         if self.estimator == "debiased":

@@ -89,6 +89,12 @@ def sharded(rank, world, **options):
 SCENARIOS = {
     **{name: lambda rank, world, name=name: matrix(name, mine(rank, world), sharded=True) for name in CASES},
     **{name: lambda rank, world, name=name: matrix(name, mine(rank, world, IMAGES), sharded=True) for name in MAPS},
+    **{
+        f"{name}, rank 0 without a batch": lambda rank, _world, name=name: matrix(
+            name, BATCHES if rank else [], sharded=True
+        )
+        for name in ("cka", "debiased", "svcca")
+    },
     "layers differ": lambda rank, world: sharded(rank, world, layers=LAYERS if rank == 0 else "0,1"),
     "second models differ": lambda rank, world: sharded(
         rank, world, other=network(), other_layers=LAYERS if rank == 0 else "0,1"
@@ -192,6 +198,12 @@ def test_two_ranks_with_unequal_shares_give_what_one_process_gives(two, name):
     expected = matrix(name, IMAGES if name in MAPS else BATCHES)
     for found in two[name]:
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["cka", "debiased", "svcca"])
+def test_a_rank_without_a_batch_gets_the_result_of_the_others(two, name):
+    for found in two[f"{name}, rank 0 without a batch"]:
+        assert_same(found, matrix(name, BATCHES))
 
 
 def test_all_ranks_get_the_same_result_to_the_last_bit(two):
@@ -336,7 +348,7 @@ def lost(rank, world, folder, _names, timeout_s):
     reason="bug: only layerlens' own errors are shared, so that the other ranks wait",
 )
 def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
-    own, other = start(2, tmp_path, ["lost"], target=lost, timeout_s=10)["lost"][::-1]
+    own, other = start(2, tmp_path, ["lost"], target=lost, timeout_s=6)["lost"][::-1]
     assert "disk" in str(own)
     assert "rank 1 failed" in str(other)
     assert "disk" in str(other)
