@@ -386,7 +386,7 @@ def test_a_truncated_checkpoint_makes_no_film(capsys, trained, tmp_path):
 
 def test_the_memory_that_a_message_asks_for_is_enough(capsys, look):
     words = ["analyze", "--model", MLP, *look, "--measure", "procrustes", "--groups", 2, "--memory-mib"]
-    short = int(re.search(r"raise memory_mib by (\d+)", run(capsys, *words, 0.05, code=2))[1])
+    short = int(re.search(r"raise \S+ by (\d+)", run(capsys, *words, 0.05, code=2))[1])
     assert run(capsys, *words, 0.05 + short)
 
 

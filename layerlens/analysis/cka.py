@@ -194,7 +194,7 @@ class StreamingCKA:
         """
         absent = [name for position, name in enumerate(self.layers) if position not in self._taken]
         if absent:
-            raise ShapeError(f"no activation of {', '.join(absent[:3])} was handed over in batch {len(self._sizes)}")
+            raise ShapeError(f"no activation was handed over for {', '.join(absent[:3])} in batch {len(self._sizes)}")
         self._taken.clear()
         if self.positions:
             found, spectrum = self._end_of_positions()
@@ -238,7 +238,8 @@ class StreamingCKA:
         return {
             **{name: [t.cpu() for t in found] for name, found in batches.items()},
             **{name: None if t is None else t.cpu() for name, t in summed.items()},
-            "sizes": list(self._sizes), "images": self._images, "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
+            "sizes": list(self._sizes), "images": self._images,
+            "checked": {k: (a.cpu(), b.cpu()) for k, (a, b) in self._checked.items()},
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """similarity_matrix and measure_layers over real passes: each entry is what the pure functions say of the outputs."""
 
+import copy
+import gc
 import json
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -58,7 +61,7 @@ def fill(model, seed):
 
 def convolutions(seed=1):
     """Maps, and then vectors, for images (n, 2, 6, 6)."""
-    return fill(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 6), nn.ReLU()), seed)
+    return fill(nn.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 6), nn.ReLU()), seed)
 
 
 def perceptron(seed=11):
@@ -148,7 +151,7 @@ def test_every_entry_is_the_pure_function_of_the_two_outputs(measure):
             if i != j:
                 expected = PURE[measure](rows[first], rows[second])
                 assert found.between(first, second) == pytest.approx(expected, abs=2e-6), (first, second)
-    np.testing.assert_array_equal(found.values, found.values.T)
+    np.testing.assert_allclose(found.values, found.values.T, atol=1e-12)
     best = MEASURES[found.measure].high if MEASURES[found.measure].higher_is_alike else MEASURES[found.measure].low
     np.testing.assert_array_equal(found.values.diagonal(), best)
 
@@ -361,7 +364,7 @@ def test_a_reduction_may_be_given_as_such():
 def test_the_jackknife_of_positions_leaves_out_whole_samples():
     """Group g has the samples g, g + 4, …, with all their positions."""
     found = matrix("svcca,variance=0.7", layers="0,1", reduce="positions", groups=4)
-    rows = [Reduction("positions")(outputs(convolutions())[name]).view(N, 16, 3) for name in ("0", "1")]
+    rows = [Reduction("positions")(outputs(convolutions())[name]).view(N, 16, 2) for name in ("0", "1")]
     for g in range(4):
         keep = torch.arange(N) % 4 != g
         expected = svcca(*(r[keep].flatten(0, 1) for r in rows), variance=0.7)
@@ -381,7 +384,7 @@ def test_layers_of_different_resolution_are_refused_position_by_position(measure
 
 @pytest.mark.parametrize("measure", ["cka", "svcca"])
 def test_a_layer_without_positions_is_named(measure):
-    with pytest.raises(ShapeError, match="layer '3': an output of shape .* has no positions; leave this layer out"):
+    with pytest.raises(ShapeError, match=r"layer '3': an output of shape .* has no positions; leave this layer out"):
         matrix(measure, layers="0,3", reduce="positions")
 
 
@@ -394,7 +397,7 @@ def test_a_layer_without_positions_is_named(measure):
     ],
 )
 def test_models_of_different_resolution_are_refused_position_by_position(measure):
-    with pytest.raises(ShapeError, match="A:0.*B:0"):
+    with pytest.raises(ShapeError, match=r"A:0.*B:0"):
         similarity_matrix(
             convolutions(), BATCHES, "0", other=nn.Sequential(nn.Conv2d(2, 3, 5)), other_layers="0",
             measure=measure, reduce="positions",
@@ -416,7 +419,7 @@ class Tokens(nn.Module):
 def test_a_layer_of_fewer_tokens_than_the_mask_is_refused(measure):
     mask = (torch.arange(4) < torch.tensor([3, 2, 4, 1, 4] * 5)[:, None]).long()
     batch = {"x": draw(25, 4, 6), "attention_mask": mask}
-    with pytest.raises(ShapeError, match="whole.*first|first.*whole"):
+    with pytest.raises(ShapeError, match=r"whole.*first|first.*whole"):
         similarity_matrix(Tokens(), [batch], "whole,first", measure=measure, reduce="positions")
 
 
@@ -520,7 +523,6 @@ def test_a_projection_folds_every_sample_in_the_same_way_and_every_layer_in_its_
     fold, x = Projection(32, seed=1), draw(10, 100)
     torch.testing.assert_close(torch.cat([fold(0, x[:3]), fold(0, x[3:])]), fold(0, x))
     assert not torch.allclose(fold(1, x), fold(0, x))
-    assert fold(2, x[:, :32]) is not None
     assert torch.equal(fold(2, x[:, :32]), x[:, :32])
     assert torch.equal(Projection(32, seed=1)(0, x), fold(0, x))
 
@@ -644,7 +646,7 @@ NO_DISK = "rows that lay on disk fit in the memory once it is raised, and are th
 
 @pytest.mark.parametrize(
     "measure",
-    [bug(NO_DISK, m) if m in ("mutual_knn", "svcca", "procrustes") or m[:3] == "cka" else m for m in BIG],
+    [m if m == "rsa_spearman" else bug(NO_DISK, m) for m in BIG],
 )
 def test_what_the_memory_error_asks_for_is_enough_and_little_less_is_not(measure):
     n, p = BIG[measure]
@@ -660,6 +662,18 @@ def test_what_the_memory_error_asks_for_is_enough_and_little_less_is_not(measure
     with pytest.raises(ConfigError, match="raise memory_mib by"):
         run(needed - 2)
     np.testing.assert_allclose(found.values, run(2048).values, atol=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: nobody closes the temporary files; that is left to the collector")
+def test_rows_on_disk_leave_no_open_file_behind():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = measure_layers(
+            nn.Sequential(nn.Identity()), [related(200, 200)], "0", estimator="whole-set", memory_mib=0.25, groups=0
+        )
+        gc.collect()
+    assert math.isfinite(found.values[0])
+    assert not [w for w in caught if w.category is ResourceWarning]
 
 
 def test_the_streaming_estimator_needs_no_memory_for_rows():
@@ -703,12 +717,22 @@ def test_a_constant_layer_of_two_models_is_missing_under_its_label(measure):
     model = perceptron()
     with torch.no_grad():
         model[3].weight.zero_()
-    found = cross(measure, other=model, permutations=3)
+    found = cross(measure, other=model)
     assert found.missing == ("new:3",)
     assert [c.layers for c in found.cautions if c.code == "LL006"] == [("new:3",)]
     assert np.isnan(found.values).tolist() == [[False, True]] * 2
-    assert np.isnan(found.null.bound).tolist() == [[False, True]] * 2
     assert found.counterparts() == {"0": "1", "3": "1"}
+
+
+@pytest.mark.parametrize(
+    "measure", [bug("rounding of a constant layer has a null", "cka"), "cka,estimator=debiased", "svcca", "mutual_knn"]
+)
+def test_a_constant_layer_has_no_null(measure):
+    """Three features of 0.1, 0.2 and 0.3, whose mean is not exact."""
+    rows = torch.cat([draw(60, 3), torch.tensor([0.1, 0.2, 0.3]).repeat(60, 1)], 1)
+    null = halves(measure, rows, permutations=3).null
+    for array in (null.mean, null.bound, null.p_value):
+        assert np.isnan(array).tolist() == [[False, True], [True, True]]
 
 
 @pytest.mark.xfail(strict=True, reason="bug: whatever has no value is called constant")
@@ -766,25 +790,57 @@ def test_the_float32_check_is_made_and_can_be_left_out(estimator):
 
 
 def test_a_layer_too_fine_for_float32_is_cautioned():
-    """A mean of 3e5 leaves some 5 bits for the variation; in float64 there is no caution."""
-    rows = related(64, 30) + 3e5
-    found = halves(rows=rows)
+    """Samples that lie 1e4 apart in directions of their own, beside which float32 loses what they share."""
+    rows, own = related(64, 30), 1e4 * torch.eye(64)
+    rows = torch.cat([own, rows[:, :30], own, rows[:, 30:]], 1)
+    found = similarity_matrix(Halves(), [rows[:48]], "a,b")
     assert found.precision_error > 1e-6
     caution = next(c for c in found.cautions if c.code == "LL011")
     assert f"up to {found.precision_error:.1e}" in caution.text
-    exact = halves(rows=related(64, 30).double() + 3e5)
-    assert not exact.cautions
+    exact = similarity_matrix(Halves(), [rows[:48].double()], "a,b", check=False)
+    assert abs(found.values[0, 1] - exact.values[0, 1]) > 1e-6
 
 
-@pytest.mark.parametrize("measure", ["cka", "cka,estimator=debiased", "cka,estimator=biased"])
-@pytest.mark.parametrize("place", [0, 7, -1])
+IN_PLACE = "bug: the float64 check centres the first 32 rows of a float64 layer in place"
+
+
+@pytest.mark.xfail(strict=True, reason=IN_PLACE)
+@pytest.mark.parametrize("estimator", ["minibatch", "debiased", "biased"])
+def test_a_model_in_float64_scores_what_it_scores_in_float32(estimator):
+    model, rows = fill(nn.Sequential(nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 5)), 1), related(64, 30) + 1
+    single, double = (
+        similarity_matrix(m, [x], "0,1,2", measure=f"cka,estimator={estimator}")
+        for m, x in ((copy.deepcopy(model), rows), (copy.deepcopy(model).double(), rows.double()))
+    )
+    np.testing.assert_allclose(double.values, single.values, atol=1e-5)
+    assert double.precision_error < 1e-12
+
+
+@pytest.mark.xfail(strict=True, reason=IN_PLACE)
+def test_the_float64_check_leaves_the_users_batch_alone():
+    rows = related(64, 30).double()
+    before = rows.clone()
+    similarity_matrix(nn.Sequential(nn.Linear(60, 3)).double(), [rows], "input,0")
+    assert torch.equal(rows, before)
+
+
+SOME_COLUMNS = "the mean is judged by every fourth of the columns, and LL011 checks another product"
+
+
+@pytest.mark.parametrize(
+    ("measure", "place"),
+    [
+        ("cka", 7),
+        ("cka,estimator=debiased", 8),
+        bug(SOME_COLUMNS, "cka,estimator=debiased", 7),
+        bug(SOME_COLUMNS, "cka,estimator=biased", -1),
+    ],
+)
 def test_one_feature_of_large_mean_does_not_drown_the_others(measure, place):
     """A massive activation, as transformers have: a constant in one feature of many, which centring takes out."""
     rows = related(96, 2000, 0.5)
     far = rows.clone()
     far[:, place] += 1e4
-    if measure != "cka" and place == 7:
-        pytest.xfail("bug: the mean is judged by some of the columns")
     found, plain = (similarity_matrix(Halves(), [r], "a,b", measure=measure) for r in (far, rows))
     assert found.values[0, 1] == pytest.approx(plain.values[0, 1], abs=1e-5)
 
@@ -881,7 +937,7 @@ def test_the_minibatch_null_permutes_within_batches():
 @pytest.mark.parametrize("measure", [text for text in PURE if not text.startswith("cka")])
 def test_permuting_a_prepared_layer_is_preparing_the_permuted_rows(measure):
     worker = make_pair_measure(*parse_measure(measure))
-    x, y = related(30, 8).double().split(8, 1)
+    x, y = related(30, 8, 0.3).double().split(8, 1)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(order, order.argsort())  # order and its inverse are told apart
     found = worker.compare(worker.prepare(x), worker.permute(worker.prepare(y), order))
@@ -940,19 +996,16 @@ def test_intervals_are_in_order_and_a_higher_level_is_wider(measure):
 
 
 @pytest.mark.parametrize("measure", [*["cka", "cka,estimator=debiased"], *WHOLE_SET])
-@pytest.mark.parametrize("rows", [related(80, 12), related(80, 12, 0.1), unrelated()], ids=["some", "much", "none"])
+@pytest.mark.parametrize(
+    "rows",
+    [related(80, 12), related(80, 12, 0.1), unrelated(), draw(40, 200)],
+    ids=["some", "much", "none", "few samples"],
+)
 def test_intervals_do_not_lie_outside_the_range(measure, rows):
     """An end may; the whole interval may not."""
     found, entry = halves(measure, rows), MEASURES[measure.partition(",")[0]]
     assert found.high[0, 1] >= entry.low
     assert found.low[0, 1] <= entry.high
-
-
-@pytest.mark.xfail(strict=True, reason="bug: the bias correction overshoots where samples are few")
-def test_intervals_of_a_saturated_measure_do_not_lie_outside_the_range():
-    """100 features for 40 samples: svcca is 0.95, and the interval from -0.7 to -0.4."""
-    found = similarity_matrix(Halves(), [draw(40, 200)], "a,b", measure="svcca")
-    assert found.high[0, 1] >= 0
 
 
 # --- there and back ----------------------------------------------------------------------------------------------
