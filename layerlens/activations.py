@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlens.devices import device_of
-from layerlens.errors import DataError, ShapeError, UnknownLayerError
+from layerlens.errors import DataError, EmptyLoaderError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover, main_tensor, run_batch, select
 from layerlens.models import head_name
 from layerlens.reduction import Reduction
@@ -89,11 +89,13 @@ class Look:
         model: Any module, on any device; batches are moved to it.
         layers: A selection, see `layers.select`.
         forward: How to run one batch; `run_batch` by default, and then nothing runs behind the last chosen layer.
+        label: What messages put in front of its layers' names; nothing by default.
     """
 
     model: nn.Module
     layers: str | Sequence[str] = "auto"
     forward: Forward | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,16 @@ def sweep_models(
                 for look in looks:
                     passes.append(_Pass(look, raw, sum(len(p.layers) for p in passes)))
                 consumer = begin([p.layers for p in passes])
-            counts = [p.run(raw, number, consumer, reduce) for p in passes]
-            if reduce.kind == "positions":
-                consumer.counts = counts[0]  # type: ignore[attr-defined]
-            consumer.end_batch()
             checksums.append(_checksum(raw))
+            hands = [p.run(raw if p is passes[-1] else _copy(raw), number, consumer, reduce) for p in passes]
+            if reduce.kind == "positions":
+                _check_positions(hands)
+                consumer.counts = hands[0].counts  # type: ignore[attr-defined]
+            consumer.end_batch()
             if enough is not None and enough():
                 break
     if consumer is None:
-        raise DataError("the loader yielded no batch")
+        raise EmptyLoaderError("the loader yielded no batch")
     return Seen(len(checksums), _digest(checksums))
 
 
@@ -192,13 +195,13 @@ class _Pass:
         whole = type(look.model).__name__ in ("OptimizedModule", "DataParallel") or not self.layers
         self.stops = look.forward is None and not whole and self.layers[-1].name != found[-1].name
 
-    def run(self, raw: Batch, number: int, consumer: Consumer, reduce: Reduction) -> Tensor | None:
+    def run(self, raw: Batch, number: int, consumer: Consumer, reduce: Reduction) -> _Hand:
         batch = self.arrange(to_device(raw, self.device))
         hand = _Hand(self, consumer, batch, number, reduce)
         with suppress(_AllSeen), capture(self.look.model, [layer.name for layer in self.layers], hand):
             (self.look.forward or run_batch)(self.look.model, batch)
         hand.finish()
-        return hand.counts
+        return hand
 
 
 class _Hand:
@@ -212,10 +215,11 @@ class _Hand:
         self.samples, self.seen = first.shape[0], Counter[int]()
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.counts: Tensor | None = None
+        self.rows: dict[str, int] = {}
 
     def __call__(self, position: int, output: Tensor) -> None:
         self.seen[position] += 1
-        name = self.owner.layers[position].name
+        name = self.owner.look.label + self.owner.layers[position].name
         if not output.ndim or output.shape[0] != self.samples:
             raise ShapeError(
                 f"layer {name!r} returned shape {tuple(output.shape)} for a batch of {self.samples}; "
@@ -226,7 +230,9 @@ class _Hand:
         except ShapeError as error:
             raise ShapeError(f"layer {name!r}: {error}") from error
         if self.reduce.kind == "positions":
-            self._count(name, output)
+            self.rows[name] = len(rows)
+            self.counts = self.counts if len(self.rows) > 1 else self.reduce.counts(output, self.mask)
+            _check_positions([self])
         self.consumer.take(self.owner.offset + position, rows)
         if self.owner.stops and len(self.seen) == len(self.owner.layers) and max(self.seen.values()) == 1:
             raise _AllSeen
@@ -239,28 +245,40 @@ class _Hand:
                     "first; choose layers that run in every pass"
                 )
 
-    def _count(self, name: str, output: Tensor) -> None:
-        counts = self.reduce.counts(output, self.mask)
-        if self.counts is None:
-            self.counts = counts
-        elif self.mask is None and counts is not None and int(counts[0]) != int(self.counts[0]):
+
+def _check_positions(hands: Sequence[_Hand]) -> None:
+    """See that all layers have the same positions."""
+    rows = [(name, count // max(hand.samples, 1)) for hand in hands for name, count in hand.rows.items()]
+    for name, count in rows:
+        if count != rows[0][1]:
             raise ShapeError(
-                f"layer {name!r} has {int(counts[0])} positions per sample and an earlier layer "
-                f"{int(self.counts[0])}: they can't be compared position by position; average the maps to one grid "
-                "with reduce='positions,grid=4', or choose layers of one resolution"
+                f"layer {name!r} has {count} positions per sample and layer {rows[0][0]!r} {rows[0][1]}: they can't be "
+                "compared position by position; average the maps to one grid with reduce='positions,grid=4', or choose "
+                "layers of one resolution"
             )
 
 
+def _copy(batch: Batch) -> Batch:
+    """For a model that is not the last: an in-place first layer must not reach the next one's input."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, Mapping):
+        return {key: _copy(value) for key, value in batch.items()}
+    return tuple(map(_copy, batch)) if isinstance(batch, tuple | list) else batch
+
+
 def _checksum(batch: Batch) -> Tensor:
-    """One number for a batch's contents and their order, on its device."""
-    tensor = main_tensor(batch)
-    if tensor is None or not tensor.ndim:
-        return torch.zeros((), dtype=torch.float64)
+    """One number for the contents that a model is fed and their order, on their device."""
+    fed = batch.values() if isinstance(batch, Mapping) else [main_tensor(batch)]
+    parts = [_weighted_sum(t) * (k + 1) for k, t in enumerate(fed) if isinstance(t, Tensor) and t.ndim]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
     rows = tensor.reshape(len(tensor), -1)
-    rows = rows.abs() if rows.is_complex() else rows
-    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32).sqrt()
-    sums = rows.float() @ weights
-    return (sums.double() * torch.arange(1, len(sums) + 1, device=rows.device).sqrt()).sum()
+    rows = (rows.abs() if rows.is_complex() else rows).double()
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64).sqrt()
+    return (rows @ weights) @ torch.arange(1, len(rows) + 1, device=rows.device, dtype=torch.float64).sqrt()
 
 
 def _digest(checksums: Sequence[Tensor]) -> str:

@@ -41,6 +41,10 @@ class DataError(LayerlensError, ValueError):
     """A data set that is missing, unreadable or of the wrong shape or range."""
 
 
+class EmptyLoaderError(DataError):
+    """A loader that yielded no batch."""
+
+
 class CheckpointError(LayerlensError, ValueError):
     """A checkpoint that is missing, damaged, unsafe or of another architecture."""
 

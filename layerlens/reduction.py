@@ -37,7 +37,8 @@ class Reduction:
     def __post_init__(self) -> None:
         check_known("reduction", self.kind, KINDS)
         check_known("channels", self.channels, ("first", "last"))
-        if not isinstance(self.grid, int) or self.grid < 0 or (self.grid and self.kind != "positions"):
+        whole = isinstance(self.grid, int) and not isinstance(self.grid, bool)
+        if not whole or self.grid < 0 or (self.grid and self.kind != "positions"):
             raise ConfigError(f"grid={self.grid}; allowed: 1 or more, with positions")
 
     def __str__(self) -> str:
@@ -124,4 +125,5 @@ def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
         Shape (n, d); what stands at a padded place has no influence, NaN included.
     """
     keep = mask.bool().unsqueeze(-1)
-    return torch.where(keep, tokens.float(), 0.0).sum(1) / keep.sum(1).clamp_min(1)
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return torch.where(keep, tokens, 0.0).sum(1) / keep.sum(1).clamp_min(1)

@@ -259,10 +259,14 @@ def test_film_prints_a_row_per_checkpoint_and_keeps_matrices_and_figure(capsys, 
     header, *lines = out.split("\n\n")[0].splitlines()
     assert header.split()[0] == "checkpoint"
     assert [" ".join(line.split()[:2]) for line in lines] == list(strip.labels) == ["epoch 0", "epoch 1", "epoch 2"]
+    changed = []
     for line, frame in zip(lines, strip.frames, strict=True):
         neighbours, everything = (float(cell) for cell in line.split()[2:4])
         assert neighbours == pytest.approx(frame.values.diagonal(1).mean(), abs=1e-4)
         assert everything == pytest.approx(frame.values[np.triu_indices(len(frame.layers), 1)].mean(), abs=1e-4)
+        changed.append(line.split()[-1])
+    upper = np.triu_indices(len(strip.frames[0].layers), 1)
+    assert changed == ["-", *(str((change.adjusted[upper] < 0.05).sum()) for change in strip.changes)]
     assert (tmp_path / "film.png").stat().st_size > 1000
     assert strict(run(capsys, *words, "--json")) == strip.to_dict()
 
@@ -330,7 +334,7 @@ MISTAKES = {
     "one group": ([*ANALYZE, "--measure", "pwcca", "--groups", "1"], "groups=1; allowed: 0 for no intervals, or 2"),
     "more groups than images": ([*ANALYZE, "--measure", "pwcca", "--groups", "40"], "48 samples for 40 groups"),
     "no memory": ([*ANALYZE, "--measure", "cka", "--memory-mib", "0"], "memory_mib=0.0; allowed: above 0"),
-    "too little memory": ([*ANALYZE, "--measure", "pwcca", "--memory-mib", ".05"], "raise memory"),
+    "too little memory": ([*ANALYZE, "--measure", "pwcca", "--memory-mib", ".001"], "raise memory"),
     "unknown reduction": ([*ANALYZE, "--measure", "cka", "--reduce", "poll"], "closest: pool"),
     "grid without positions": ([*ANALYZE, "--measure", "cka", "--reduce", "pool,grid=2"], "with positions"),
     "positions of vectors": ([*ANALYZE, "--measure", "cka", "--reduce", "positions"], "has no positions"),
@@ -386,8 +390,8 @@ def test_a_truncated_checkpoint_makes_no_film(capsys, trained, tmp_path):
 
 def test_the_memory_that_a_message_asks_for_is_enough(capsys, look):
     words = ["analyze", "--model", MLP, *look, "--measure", "procrustes", "--groups", 2, "--memory-mib"]
-    short = int(re.search(r"raise \S+ by (\d+)", run(capsys, *words, 0.05, code=2))[1])
-    assert run(capsys, *words, 0.05 + short)
+    short = int(re.search(r"raise \S+ by (\d+)", run(capsys, *words, 0.001, code=2))[1])
+    assert run(capsys, *words, 0.001 + short)
 
 
 @pytest.mark.parametrize("command", ["compare", "film", "analyze"])

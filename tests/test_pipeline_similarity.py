@@ -1,6 +1,7 @@
 """Any measure of a network, two networks, a run's film strip and single images: on one choice of images."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def make_data(seed=0):
     y = np.arange(100) % 4
     patterns = np.random.default_rng(7).random((4, 1, 8, 8)) * 180
     x = (patterns[y] + generator.random((100, 1, 8, 8)) * 70).astype(np.uint8)
-    return dataset_from_arrays("tiny", x[:40], y[:40], x[40:], y[40:])
+    made = dataset_from_arrays("tiny", x[:40], y[:40], x[40:], y[40:])
+    return replace(made, mean=(0.5,), std=(0.2,))
 
 
 DATA = make_data()
@@ -96,7 +98,7 @@ def test_changes_are_paired_and_from_each_frame_to_the_next(strip):
 
 def test_pairing_tells_a_change_more_sharply_than_two_separate_looks(run, strip):
     """Frames of other images share nothing, so their differences are less certain."""
-    other = film_strip(run, dataset=DATA, settings=Settings(samples=48, batch_size=8, split="train"))
+    other = film_strip(run, dataset=DATA, settings=replace(SETTINGS, split="train"))
     assert other.frames[0].sample_id != strip.frames[0].sample_id
     apart = difference(strip.frames[0], other.frames[1])
     assert not apart.paired
@@ -118,7 +120,7 @@ def test_a_film_strip_of_one_batch_has_frames_but_no_tests(run):
 
 
 def test_the_level_of_the_settings_is_that_of_frames_and_changes(run):
-    found = film_strip(run, dataset=DATA, settings=Settings(samples=48, batch_size=8, level=0.5))
+    found = film_strip(run, dataset=DATA, settings=replace(SETTINGS, level=0.5))
     assert {result.level for result in (*found.frames, *found.changes)} == {0.5}
 
 
@@ -185,7 +187,7 @@ def test_turning_the_two_networks_round_transposes_the_rectangle(measure):
 
 
 def test_compare_takes_layers_of_its_own_for_the_second_network():
-    settings = Settings(samples=48, batch_size=8, layers="blocks.0,fc")
+    settings = replace(SETTINGS, layers="blocks.0,fc")
     models = network(1), network(2, "resnet20-cifar")
     found = compare(*models, DATA, settings=settings, other_layers="layer1,layer3")
     assert (found.rows, found.columns) == (("blocks.0", "fc"), ("layer1", "layer3"))
@@ -205,7 +207,9 @@ def test_compare_leaves_both_networks_as_they_were():
 
 @pytest.mark.parametrize("measure", ["cka", "mutual_knn"])
 def test_the_null_of_a_rectangle_is_lower_than_what_the_layers_share(measure):
-    found = compare(network(1), network(2), DATA, measure=measure, settings=SETTINGS, permutations=19, groups=0)
+    models = (network(seed, "mlp,width=64,depth=2") for seed in (1, 2))
+    settings = Settings(samples=60, batch_size=20)
+    found = compare(*models, DATA, measure=measure, settings=settings, permutations=19, groups=0)
     assert found.null.permutations == 19
     assert found.null.mean.shape == found.null.bound.shape == found.values.shape
     assert (found.null.mean <= found.null.bound).all()
@@ -237,10 +241,23 @@ def test_a_measure_of_views_is_the_same_in_every_run_of_one_seed(name):
     model = network(1)
     state = torch.get_rng_state()
     first, again = (measure_network(model, DATA, name, settings=SETTINGS, groups=0) for _ in range(2))
-    other = measure_network(model, DATA, name, settings=Settings(samples=48, batch_size=8, seed=1), groups=0)
+    other = measure_network(model, DATA, name, settings=replace(SETTINGS, seed=1), groups=0)
     assert first.values == again.values
     assert first.values != other.values
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_drawn_with_the_seed_of_the_settings(name):
+    seeds = []
+
+    def views(images, generator):
+        seeds.append(generator.initial_seed())
+        return images.flip(3)
+
+    measure_network(network(1), DATA, name, settings=replace(SETTINGS, seed=5), groups=0, views=views)
+    assert len(seeds) >= 2 * 6  # two views of each of six batches
+    assert set(seeds) == {5}
 
 
 @pytest.mark.parametrize(("name", "ideal"), [("alignment", 0.0), ("invariance", 1.0), ("diversity", 1.0)])
@@ -252,7 +269,7 @@ def test_views_that_change_nothing_leave_nothing_to_tell_apart(name, ideal):
 
 
 def test_cka_takes_kernel_and_estimator_from_the_settings():
-    settings = Settings(samples=48, batch_size=8, kernel="rbf", estimator="debiased")
+    settings = replace(SETTINGS, kernel="rbf", estimator="debiased")
     found = measure_network(network(1), DATA, "cka", settings=settings)
     named = measure_network(network(1), DATA, "cka,kernel=rbf,estimator=debiased", settings=SETTINGS)
     assert (found.kernel, found.estimator) == ("rbf", "debiased")
@@ -261,11 +278,11 @@ def test_cka_takes_kernel_and_estimator_from_the_settings():
 
 
 def test_reduce_reaches_every_measure():
-    settings = Settings(samples=48, batch_size=8, layers="layer1,layer2", reduce="pool")
+    settings = replace(SETTINGS, layers="layer1,layer2", reduce="pool")
     model = network(1, "resnet20-cifar")
     for name in ("cka", "mutual_knn", "rankme", "alignment"):
         pooled = measure_network(model, DATA, name, settings=settings, groups=0)
-        whole = measure_network(model, DATA, name, settings=Settings(samples=48, batch_size=8, layers="layer1,layer2"))
+        whole = measure_network(model, DATA, name, settings=replace(SETTINGS, layers="layer1,layer2"))
         assert not np.allclose(pooled.values, whole.values)
 
 

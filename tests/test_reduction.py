@@ -175,7 +175,6 @@ def test_the_masked_mean_of_bfloat16_is_taken_in_float32():
     assert found.item() == pytest.approx(555 / 300, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: masked_mean rounds float64 tokens to float32")
 def test_the_masked_mean_of_float64_stays_in_float64():
     tokens = torch.tensor([[[1.0 + 1e-12], [1.0 + 3e-12]]], dtype=torch.float64)
     assert masked_mean(tokens, torch.ones(1, 2)).item() == pytest.approx(1 + 2e-12, abs=1e-14)
@@ -258,7 +257,6 @@ def test_a_wrong_specification_is_refused(text, error, message):
         make_reduction(text)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a truth value passes for a grid and fails later in torch")
 def test_a_grid_that_is_a_truth_value_is_refused():
     with pytest.raises(ConfigError, match="grid="):
         make_reduction("positions,grid=true")

@@ -160,14 +160,12 @@ def test_a_loader_that_draws_its_batches_gives_both_models_the_same_draws():
     assert not torch.equal(*keep.rows[0][:2])
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the first model's in-place layer changes the batch for the second")
 def test_an_in_place_first_layer_of_one_model_does_not_reach_the_other():
     changes, plain = nn.Sequential(Scale(-3, in_place=True)), nn.Sequential(nn.Identity())
     keep, _ = swept(Look(changes, "0"), Look(plain, "0"), loader=[ROWS.clone()])
     assert torch.equal(keep[1], ROWS)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the digest is taken after an in-place layer has changed the batch")
 def test_the_digest_is_that_of_the_data_whatever_an_in_place_layer_does():
     changes, plain = nn.Sequential(Scale(-3, in_place=True)), nn.Sequential(nn.Identity())
     seen = [swept(Look(model, "0"), loader=[ROWS.clone()])[1] for model in (changes, plain)]
@@ -484,7 +482,6 @@ def test_the_digest_does_not_depend_on_how_the_data_lie_in_memory(form):
     assert digest([forms[form](x) for x in DATA.split(4)]) == digest(list(DATA.split(4)))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: seven digits of a float32 sum depend on where the data begin in memory")
 def test_the_digest_does_not_depend_on_where_the_data_begin_in_memory():
     """A view into a larger tensor, as `split` gives, and a fresh copy, as a DataLoader makes."""
     found = []
@@ -496,7 +493,6 @@ def test_the_digest_does_not_depend_on_where_the_data_begin_in_memory():
     assert all(found)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: only the first tensor of a batch enters, not the attention mask")
 def test_the_digest_tells_masks_apart():
     """Another mask gives other rows, so that two results do not rest on the same samples."""
 

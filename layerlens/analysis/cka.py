@@ -278,7 +278,9 @@ class StreamingCKA:
         assert self._covariance is not None
         error = cka_error(values, hsic, self._covariance.cpu().numpy() / weights.sum() ** 2)
         grouped = _group(blocks, weights)
-        return self._result(values, error, *grouped, participation, int(weights.sum()), self._null(values, weights))
+        return self._result(
+            values, error, *grouped, participation, int(weights.sum()), self._null(values, dead, weights)
+        )
 
     def influence(self) -> SampleInfluence:
         """How much leaving out each sample moves each entry, in closed form and exactly.
@@ -289,12 +291,15 @@ class StreamingCKA:
         if not self._each:
             raise ShapeError("no influence was kept; make the accumulator with influence=True and give it batches")
         total, changes = sum(self._sizes), []
-        weights = torch.tensor(self._sizes, dtype=torch.float64, device=self._blocks[0].device)
-        hsic = (torch.stack(self._blocks) * weights[:, None, None]).sum(0)
-        whole = cka_of((hsic / total).cpu().numpy())
-        for each, block, n in zip(self._each, self._blocks, self._sizes, strict=True):
-            less = hsic - block * n + without_each(each, n) * (n - 1)
-            changes.append(cka_of((less / (total - 1)).cpu().numpy()) - whole)
+        weights = np.array(self._sizes, dtype=np.float64)
+        blocks, spectra = (torch.stack(found).cpu().numpy() for found in (self._blocks, self._spectra))
+        dead, _ = self._directions(blocks, spectra, weights)
+        alive = ~(dead[:, None] | dead)
+        hsic = (blocks * weights[:, None, None]).sum(0)
+        whole = cka_of(hsic / total * alive)
+        for each, block, n in zip(self._each, blocks, self._sizes, strict=True):
+            less = hsic - block * n + without_each(each, n).cpu().numpy() * (n - 1)
+            changes.append(cka_of(less / (total - 1) * alive) - whole)
         return influence_of(self.layers, np.concatenate(changes))
 
     def _result(
@@ -365,11 +370,11 @@ class StreamingCKA:
         sums /= n - 3
         self._shuffled = sums if self._shuffled is None else self._shuffled + sums
 
-    def _null(self, values: Array, weights: Array) -> PermutationNull | None:
+    def _null(self, values: Array, dead: Flags, weights: Array) -> PermutationNull | None:
         if self._shuffled is None:
             return None
         own = np.diagonal(np.average(torch.stack(self._blocks).cpu().numpy(), axis=0, weights=weights))
-        scale = np.sqrt(np.where(own > 0, own, np.nan))
+        scale = np.sqrt(np.where((own > 0) & ~dead, own, np.nan))
         return null_of(values, self._shuffled.cpu().numpy() / weights.sum() / (scale[:, None] * scale), self.level)
 
     def _check_precision(self, position: int, activation: Tensor) -> None:
@@ -378,7 +383,7 @@ class StreamingCKA:
         gram = few.new_zeros(len(few), len(few), dtype=torch.float64)
         for columns in few.split(_CHECK_COLUMNS, dim=1):
             centred = columns.double()
-            centred -= centred.mean(0)
+            centred = centred - centred.mean(0)
             gram.addmm_(centred, centred.T)
         used = column_gram(few)[0].double()
         if self.kernel == "rbf":

@@ -34,6 +34,8 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
     """
     if x.shape != y.shape or x.ndim != 2 or not len(x):
         raise ShapeError(f"alignment needs two equal shapes (n, d); got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not alpha > 0:
+        raise ConfigError(f"alpha={alpha}; allowed: above 0")
     distance = (_on_sphere(x) - _on_sphere(y)).norm(dim=1)
     return float(distance.pow(alpha).mean())
 
@@ -60,7 +62,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> float:
     """
     if x.ndim != 2 or len(x) < 2:
         raise ShapeError(f"uniformity needs at least two rows of shape (n, d); got {tuple(x.shape)}")
-    if t <= 0:
+    if not t > 0:
         raise ConfigError(f"t={t}; allowed: above 0")
     x, n = _on_sphere(x), len(x)
     total = x.new_zeros(())

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from layerlens.analysis.kernels import u_centre_
-from layerlens.precision import full_precision
 
 _BLOCK = 1 << 20  # numbers in a temporary copy
 _PAIR_ROWS = 512  # samples, at most, that the second-order part of the error is estimated from
@@ -139,9 +138,8 @@ def _feature_moments(chunks: Chunks, widths: Sequence[int]) -> _Moments:
     norms = []
     for piece in chunks():
         x = torch.cat(list(piece), 1)
-        with full_precision(device):
-            covariance += x.T @ x
         wide = x.double()
+        covariance += wide.T @ wide
         norms.append(wide.square() @ layers)
         weighted += wide.T @ norms[-1]
     return _Moments(covariance, weighted, torch.cat(norms), layers)

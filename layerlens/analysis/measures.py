@@ -207,7 +207,21 @@ def parse_measure(text: str, *, over: tuple[str, ...] = ("pairs", "layers", "vie
         right = "similarity_matrix" if measure.over == "pairs" else "measure_layers"
         what = "compares pairs of layers" if measure.over == "pairs" else "is a measure of single layers"
         raise ConfigError(f"{name} {what}; use {right}")
+    for key, value in spec.options.items():
+        _check_type(key, value, measure.options[key])
     return measure, {**measure.options, **spec.options}
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """See that an option is of the kind of its default; a whole number passes for any number."""
+    if isinstance(default, str):
+        fits, wanted = isinstance(value, str), "a name"
+    elif isinstance(default, int):
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    else:
+        fits, wanted = isinstance(value, int | float) and not isinstance(value, bool) and value == value, "a number"
+    if not fits:
+        raise ConfigError(f"{name}={value}; allowed: {wanted}, such as {default}")
 
 
 def make_pair_measure(measure: Measure, options: Mapping[str, Any]) -> Any:

@@ -13,8 +13,15 @@ from layerlens.analysis.cka import null_of
 from layerlens.analysis.measures import Measure, make_pair_measure
 from layerlens.analysis.resampling import jackknife_intervals
 from layerlens.analysis.results import Array, Caution, SimilarityMatrix
-from layerlens.analysis.rows import MIB, RowStore
-from layerlens.errors import BatchTooSmallError, ConfigError, DegenerateError, LayerlensError, ShapeError
+from layerlens.analysis.rows import MIB, RowStore, owners
+from layerlens.errors import (
+    BatchTooSmallError,
+    ConfigError,
+    DegenerateError,
+    LayerlensError,
+    NonFiniteError,
+    ShapeError,
+)
 
 _LEAST = 4
 _BLOCK_ROWS = 1024  # of samples whose neighbours are found together
@@ -51,6 +58,7 @@ class PairAccumulator:
         self.store = RowStore(self.layers, memory_mib)
         self.counts: Tensor | None = None
         self._counts: list[Tensor] = []
+        self._reasons: dict[str, str] = {}  # why a layer has no value
 
     def take(self, position: int, activation: Tensor) -> None:
         """Keep one layer's rows of the current batch."""
@@ -64,6 +72,9 @@ class PairAccumulator:
     def state(self) -> dict[str, Any]:
         """All rows seen so far, on the CPU."""
         rows = [self.store.read(i).cpu() for i in range(len(self.layers))] if self.store.samples else []
+        for name, found in zip(self.layers, rows, strict=False):
+            if not bool(found.norm(dtype=torch.float64).isfinite()):
+                raise NonFiniteError(f"NaN or infinity in the activations of layer {name!r}; check input and weights")
         return {"rows": rows, "counts": list(self._counts)}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -71,6 +82,10 @@ class PairAccumulator:
         for position, rows in enumerate(state["rows"]):
             self.store.append(position, rows)
         self._counts += state["counts"]
+
+    def close(self) -> None:
+        """Let go of all rows and their temporary files."""
+        self.store.close()
 
     def compute(self) -> SimilarityMatrix:
         """The measure of all pairs, with intervals and null.
@@ -105,8 +120,9 @@ class PairAccumulator:
             rows = rows if keep is None else rows[keep.to(rows.device)]
             try:
                 ready.append(self.worker.prepare(rows.to(self.store.given(position))))
-            except DegenerateError:
+            except DegenerateError as error:
                 ready.append(None)
+                self._reasons.setdefault(name, str(error))
             except LayerlensError as error:
                 raise type(error)(f"layer {name!r}: {error}") from error
         return ready
@@ -130,7 +146,7 @@ class PairAccumulator:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
 
     def _intervals(self, values: Array, n: int) -> tuple[Array, Array, Array, Array]:
-        owner = self._owner(n)
+        owner = owners(self._counts, n)
         samples = int(owner[-1]) + 1
         if not self.groups:
             empty = np.full(values.shape, np.nan)
@@ -147,13 +163,6 @@ class PairAccumulator:
         alive = np.flatnonzero(~np.isnan(values.diagonal()))
         low[alive, alive] = high[alive, alive] = values[alive, alive]
         return low, high, replicates, weights
-
-    def _owner(self, n: int) -> Tensor:
-        """The sample that each row is of, shape (n,)."""
-        if not self._counts:
-            return torch.arange(n)
-        counts = torch.cat(self._counts)
-        return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
     def _null(self, values: Array, ready: list[Any], n: int) -> Any:
         if not self.permutations:
@@ -172,6 +181,13 @@ class PairAccumulator:
 
     def _cautions(self, ready: list[Any], n: int) -> list[Caution]:
         made = []
+        for name, found in zip(self.layers, ready, strict=True):
+            if found is None:
+                why = self._reasons[name]
+                text = f"no {self.measure.name} for layer {name}: {why}"
+                if "is constant" in why:
+                    text = f"dead or constant layer: {name} does not vary over the samples and has no value"
+                made.append(Caution(code="LL006", text=text, layers=(name,)))
         ranks = {name: self.worker.rank(r) for name, r in zip(self.layers, ready, strict=True) if r is not None
                  and hasattr(self.worker, "rank")}  # fmt: skip
         wide = tuple(name for name, rank in ranks.items() if 2 * rank > n - 1)
@@ -201,6 +217,9 @@ class PairAccumulator:
         twice = 2 if self.groups or self.permutations else 1
         least = 8 * (twice * len(self.layers) * each + work) + 8 * n * widest
         have = self.store.memory - (0 if self.store.on_disk else self.store.bytes)
+        if least > have and not self.store.on_disk:
+            self.store.spill()
+            have = self.store.memory
         if least > have:
             short = -int(-(least - have) // MIB)
             raise ConfigError(

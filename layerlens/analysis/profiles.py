@@ -15,7 +15,7 @@ from layerlens.analysis.kernels import as_rows
 from layerlens.analysis.measures import Measure, parse_measure
 from layerlens.analysis.resampling import jackknife_intervals
 from layerlens.analysis.results import Array, Caution, LayerProfile
-from layerlens.analysis.rows import RowStore
+from layerlens.analysis.rows import RowStore, owners
 from layerlens.errors import ConfigError, DegenerateError, LayerlensError, check_known
 from layerlens.layers import Batch, Forward, Layer, main_tensor, replace_main_tensor, run_batch
 from layerlens.reduction import Reduction, make_reduction
@@ -79,7 +79,11 @@ def measure_layers(
         return state[0]
 
     sweep_models(looks, loader, begin, reduce=make_reduction(reduce))
-    return state[0].profile(level)
+    try:
+        return state[0].profile(level)
+    finally:
+        if isinstance(state[0], _WholeSet):
+            state[0].store.close()
 
 
 def _looks(measure: Measure, options: dict[str, Any], look: Look, views: Views | None) -> list[Look]:
@@ -153,19 +157,22 @@ class _WholeSet:
     ) -> None:
         self.layers, self.measure, self.options, self.looks, self.groups = layers, measure, options, looks, groups
         self.store = RowStore(layers * looks, memory_mib)
+        self.counts: Tensor | None = None
+        self._counts: list[Tensor] = []
 
     def take(self, position: int, activation: Tensor) -> None:
         self.store.append(position, as_rows(activation))
 
     def end_batch(self) -> None:
-        pass
+        if self.counts is not None:
+            self._counts.append(self.counts.cpu())
 
     def profile(self, level: float) -> LayerProfile:
         n = self.store.samples
         values = self._values(None)
         low, high = np.full(values.shape, np.nan), np.full(values.shape, np.nan)
         if self.groups and n >= 4 * self.groups:
-            group = torch.arange(n) % self.groups
+            group = owners(self._counts, n) % self.groups
             weights = torch.bincount(group).double().numpy()
             without = np.stack([self._values((group != g).nonzero().flatten()) for g in range(self.groups)])
             low, high = jackknife_intervals(values, without, weights, level, bounded=False, unbias=False)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from layerlens.analysis.results import Array, CrossSimilarity, Difference, SimilarityMatrix
-from layerlens.errors import ShapeError
+from layerlens.errors import ConfigError, ShapeError
 
 _EDGE = 1 - 1e-12
 
@@ -225,6 +225,8 @@ def _tested(
     change: Array, error: Array, groups: int, level: float, *,
     rows: tuple[str, ...], columns: tuple[str, ...], paired: bool, symmetric: bool,
 ) -> Difference:  # fmt: skip
+    if not 0 < level < 1:
+        raise ConfigError(f"level={level}; allowed: between 0 and 1")
     error = np.where(np.abs(change) + error < 1e-12, np.nan, error)  # a diagonal is 1 on both sides: nothing to test
     reach = t_quantile(level, groups) * error
     score = np.divide(np.abs(change), error, out=np.full(change.shape, np.inf), where=error > 0)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerlens.analysis.kernels import BURDEN, as_rows
+from layerlens.analysis.kernels import BURDEN
 from layerlens.errors import ConfigError, ShapeError
 
 MIB = 2**20
@@ -50,7 +50,9 @@ class RowStore:
         Raises:
             ShapeError: Another width than before.
         """
-        rows, shape = as_rows(activation), self._shapes[position]
+        shape = self._shapes[position]
+        kind = self._types[position] if shape[0] else torch.promote_types(activation.dtype, torch.float32)
+        rows = activation.detach().reshape(len(activation), -1).to(kind)  # in one order of features for all batches
         if shape[0] and shape[1] != rows.shape[1]:
             raise ShapeError(
                 f"layer {self.layers[position]!r} gives {rows.shape[1]} features per row after {shape[1]} in earlier "
@@ -65,7 +67,7 @@ class RowStore:
         same = rows.data_ptr() == activation.data_ptr()
         self._parts[position].append(rows.clone(memory_format=torch.contiguous_format) if same and copy else rows)
         if self.bytes > self.memory * 3 // 4:
-            self._spill()
+            self.spill()
 
     @property
     def samples(self) -> int:
@@ -120,7 +122,6 @@ class RowStore:
             return _rows_between(self._parts[position], start, stop)
         kind = np.dtype(str(self._types[position]).removeprefix("torch."))
         file = self._files[position]
-        file.flush()
         file.seek(start * width * kind.itemsize)
         found = np.frombuffer(bytearray(file.read((stop - start) * width * kind.itemsize)), dtype=kind)
         file.seek(0, 2)
@@ -205,20 +206,45 @@ class RowStore:
     def _block(self, position: int, start: int, stop: int, columns: slice) -> Tensor:
         return _rows_between([part[:, columns] for part in self._parts[position]], start, stop)
 
-    def _spill(self) -> None:
-        self._files = [tempfile.TemporaryFile(prefix="layerlens-") for _ in self.layers]  # noqa: SIM115
+    def spill(self) -> None:
+        """Move all rows to temporary files."""
+        try:
+            self._files = [tempfile.TemporaryFile(prefix="layerlens-", buffering=0) for _ in self.layers]  # noqa: SIM115
+        except OSError as error:
+            raise self._no_room(error) from error
         for position, parts in enumerate(self._parts):
             while parts:
                 self._write(position, parts.pop(0))
 
     def _write(self, position: int, rows: Tensor) -> None:
         try:
-            self._files[position].write(np.ascontiguousarray(rows.cpu().numpy()).data)
+            left = np.ascontiguousarray(rows.cpu().numpy()).data.cast("B")
+            while len(left):  # one write may take a part only
+                left = left[self._files[position].write(left) :]
         except OSError as error:
-            raise ConfigError(
-                f"{self.bytes // MIB} MiB of rows do not fit in the temporary folder {tempfile.gettempdir()!r}: "
-                f"{error.strerror}; raise memory_mib, pool the maps, or set TMPDIR to a larger disk"
-            ) from error
+            raise self._no_room(error) from error
+
+    def _no_room(self, error: OSError) -> ConfigError:
+        try:
+            where = repr(tempfile.gettempdir())
+        except OSError:
+            where = "that TMPDIR names"
+        return ConfigError(
+            f"{self.bytes // MIB} MiB of rows do not fit in the temporary folder {where}: {error.strerror}; raise "
+            "memory_mib, pool the maps, or set TMPDIR to a larger disk"
+        )
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", ()):
+            file.close()
+
+
+def owners(counts: Sequence[Tensor], rows: int) -> Tensor:
+    """The sample that each row is of, shape (rows,), from the rows that each sample of each batch gave."""
+    if not counts:
+        return torch.arange(rows)
+    every = torch.cat(list(counts))
+    return torch.repeat_interleave(torch.arange(len(every)), every)
 
 
 def _rows_between(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:

@@ -29,14 +29,16 @@ def gather(work: Callable[[], T]) -> list[T]:
             "sharded=True needs a process group; start with `torchrun` and call "
             "torch.distributed.init_process_group first"
         )
-    failure: LayerlensError | None = None
+    failure: Exception | None = None
     mine: T | None = None
     try:
         mine = work()
-    except LayerlensError as error:
+    except Exception as error:  # whatever it is, the others wait for this process
         failure = error
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (mine, None if failure is None else (type(failure).__name__, str(failure))))
+    if isinstance(failure, LayerlensError):
+        raise type(failure)(f"rank {dist.get_rank()}: {failure}") from failure
     if failure is not None:
         raise failure
     for rank, (_, told) in enumerate(parts):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerlens.activations import Consumer, Look, sweep_models
 from layerlens.analysis.cka import ESTIMATORS, StreamingCKA
+from layerlens.analysis.kernels import as_rows
 from layerlens.analysis.measures import parse_measure
 from layerlens.analysis.pairs import PairAccumulator
 from layerlens.analysis.projection import Projection
@@ -19,7 +20,7 @@ from layerlens.analysis.resampling import recentred_replicates
 from layerlens.analysis.results import Caution, CrossSimilarity, PermutationNull, SampleInfluence, SimilarityMatrix
 from layerlens.analysis.sharding import gather
 from layerlens.analysis.whole_set import WholeSetCKA
-from layerlens.errors import ConfigError, DataError, ShapeError, check_known
+from layerlens.errors import ConfigError, DataError, EmptyLoaderError, ShapeError, check_known
 from layerlens.layers import Batch, Forward, Layer
 from layerlens.reduction import Reduction, make_reduction
 
@@ -95,9 +96,9 @@ def similarity_matrix(
     found, options = parse_measure(measure, over=("pairs",))
     reduction, fold = make_reduction(reduce), Projection(projection, seed) if projection else None
     _check_settings(found.name, options, tolerance=tolerance, settle=settle, sharded=sharded, labels=labels)
-    looks = [Look(model, layers, forward)]
+    looks = [Look(model, layers, forward, "" if other is None else f"{labels[0]}:")]
     if other is not None:
-        looks.append(Look(other, other_layers, other_forward))
+        looks.append(Look(other, other_layers, other_forward, f"{labels[1]}:"))
     runs: list[_Run] = []
 
     def make(parts: list[list[str]]) -> _Run:
@@ -191,7 +192,11 @@ def sample_influence(
         return state[0]
 
     sweep_models([Look(model, layers, forward)], loader, begin, reduce=reduction)
-    return state[0].influence()
+    try:
+        return state[0].influence()
+    finally:
+        if isinstance(state[0], WholeSetCKA):
+            state[0].close()
 
 
 class _Run:
@@ -204,10 +209,11 @@ class _Run:
         self.inner, self.parts, self.labels = inner, [tuple(part) for part in parts], labels
         self.reduction, self.fold = reduction, fold
         self.counts: Tensor | None = None
-        self.batches = 0
+        self.batches, self.folded = 0, False
 
     def take(self, position: int, activation: Tensor) -> None:
         """One layer's rows of the current batch."""
+        self.folded |= self.fold is not None and as_rows(activation).shape[1] > self.fold.width
         self.inner.take(position, self.fold(position, activation) if self.fold else activation)
 
     def end_batch(self) -> None:
@@ -222,16 +228,21 @@ class _Run:
             return False
         matrix = self.inner.compute()
         reach = np.fmax(matrix.high - matrix.values, matrix.values - matrix.low)
-        narrow = tolerance is None or bool(np.nanmax(reach) <= tolerance)
+        known = reach[np.isfinite(reach)]
+        narrow = tolerance is None or bool(len(known) and known.max() <= tolerance)
         return narrow and (settle is None or settle(matrix))
 
     def result(self, sample_id: str) -> SimilarityMatrix | CrossSimilarity:
         """The matrix, or for two models its rectangle across them."""
-        joint = self.inner.compute()
+        try:
+            joint = self.inner.compute()
+        finally:
+            if isinstance(self.inner, WholeSetCKA | PairAccumulator):
+                self.inner.close()
         options = dict(joint.options)
         if self.fold:
             options["projection"] = self.fold.width
-        cautions = (*joint.cautions, *_cautions(joint, self.fold))
+        cautions = (*joint.cautions, *_cautions(joint, self.fold if self.folded else None))
         whole = replace(joint, reduce=str(self.reduction), sample_id=sample_id, options=options, cautions=cautions)
         return whole if len(self.parts) == 1 else _across(whole, self.parts, self.labels)
 
@@ -266,9 +277,10 @@ def _sweep_part(
     """One rank's batches; a rank may have none."""
     try:
         seen = sweep_models(looks, loader, begin, reduce=reduction)
-    except DataError:
-        return {"parts": None, "state": None, "sample_id": ""}
-    return {"parts": runs[0].parts, "state": runs[0].inner.state(), "sample_id": seen.sample_id}
+    except EmptyLoaderError:
+        return {"parts": None, "state": None, "sample_id": "", "folded": False}
+    run = runs[0]
+    return {"parts": run.parts, "state": run.inner.state(), "sample_id": seen.sample_id, "folded": run.folded}
 
 
 def _merge(
@@ -292,6 +304,7 @@ def _merge(
     merged = make([list(part) for part in parts])
     for _, state in filled:
         merged.inner.load_state(state["state"])
+        merged.folded |= state["folded"]
     joined = " ".join(state["sample_id"] for _, state in filled)
     return merged.result(hashlib.sha256(joined.encode()).hexdigest()[:16])
 
@@ -318,7 +331,7 @@ def _across(joint: SimilarityMatrix, parts: Sequence[Sequence[str]], labels: tup
 
 def _cautions(matrix: SimilarityMatrix, fold: Projection | None) -> list[Caution]:
     made = []
-    if matrix.missing:
+    if matrix.missing and matrix.measure == "cka":
         text = f"dead or constant layer: {', '.join(matrix.missing)} does not vary over the samples and has no value"
         made.append(Caution(code="LL006", text=text, layers=matrix.missing))
     if matrix.precision_error > IMPRECISE:

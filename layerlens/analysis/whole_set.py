@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerlens.analysis.cka import GROUPS, StreamingCKA, influence_of, null_of, without_each
 from layerlens.analysis.hsic import HSIC, few_grams, hsic_from_features, hsic_from_grams, hsic_from_parts
-from layerlens.analysis.kernels import CONSTANT, h_centre, rbf, rbf_from_gram, u_centre, u_centre_
+from layerlens.analysis.kernels import BURDEN, CONSTANT, h_centre, rbf, rbf_from_gram, u_centre, u_centre_
 from layerlens.analysis.resampling import cka_error, cka_of
 from layerlens.analysis.results import Array, Flags, SampleInfluence, SimilarityMatrix
 from layerlens.analysis.rows import MIB, RowStore
@@ -90,6 +90,7 @@ class WholeSetCKA(StreamingCKA):
     def state(self) -> dict[str, Any]:
         """All rows seen so far, on the CPU."""
         rows = [self._store.read(i).cpu() for i in range(len(self.layers))] if self._seen else []
+        _refuse_non_finite(self._store, np.array([float(r.norm(dtype=torch.float64)) for r in rows]))
         return {
             "rows": rows,
             "counts": list(self._counts),
@@ -119,9 +120,7 @@ class WholeSetCKA(StreamingCKA):
         if not self._counts:
             self._images = found.hsic.samples
         hsic, biased = found.hsic.value.cpu().numpy(), found.biased
-        n, dead = found.hsic.samples, found.spread <= CONSTANT**2 * found.scale
-        if self.estimator == "debiased":
-            dead = dead | (np.diagonal(hsic) * n * (n - 3) <= CONSTANT**2 * np.diagonal(biased))
+        n, dead = found.hsic.samples, self._constant(found)
         clean = _without(hsic, dead)
         values = cka_of(clean if self.estimator == "debiased" else _without(biased, dead))
         np.fill_diagonal(values, np.where(dead, np.nan, 1.0))
@@ -130,19 +129,45 @@ class WholeSetCKA(StreamingCKA):
         blocks, weights = _sample_groups(found.hsic, dead)
         null = None
         if found.wrong is not None:
-            own = np.sqrt(np.where(dead, np.nan, np.diagonal(clean)))
-            null = null_of(cka_of(clean), found.wrong.cpu().numpy() / (own[:, None] * own), self.level)
+            which = biased if self.estimator == "biased" else hsic
+            own = np.sqrt(np.where(dead, np.nan, np.diagonal(which)))
+            wrong = found.wrong[self.estimator == "biased"].cpu().numpy()
+            null = null_of(cka_of(_without(which, dead)), wrong / (own[:, None] * own), self.level)
         return self._result(values, error, blocks, weights, participation, n, null)
+
+    def close(self) -> None:
+        """Let go of all rows and their temporary files."""
+        self._store.close()
+
+    def _plan(self) -> Plan:
+        """The cheapest way that fits; rows in memory make room by going to disk."""
+        store = self._store
+        more: dict[str, Any] = {"kernel": self.kernel, "whole": bool(self.permutations)}
+        if not store.on_disk:
+            try:
+                return plan_whole_set(store.samples, store.widths, bytes_free=store.memory - store.bytes, **more)
+            except ConfigError:
+                store.spill()
+        return plan_whole_set(store.samples, store.widths, bytes_free=store.memory, on_disk=True, **more)
+
+    def _constant(self, found: _Sums) -> Flags:
+        """Layers that do not vary, or (debiased) of which U-centring leaves nothing."""
+        dead: Flags = found.spread <= CONSTANT**2 * found.scale
+        if self.estimator == "debiased":
+            n, own = found.hsic.samples, np.diagonal(found.hsic.value.cpu().numpy())
+            dead = dead | (own * n * (n - 3) <= CONSTANT**2 * np.diagonal(found.biased))
+        return dead
 
     def influence(self) -> SampleInfluence:
         """How much leaving out each sample moves each entry of debiased CKA, in closed form and exactly."""
-        hsic = self._sums().hsic
+        found = self._sums()
+        hsic, dead = found.hsic, self._constant(found)
         if hsic.each is None:
             raise ShapeError("no influence was kept; make the accumulator with influence=True")
         if self.positions:
             raise ShapeError("influence is of single samples; it is not defined for positions")
-        less = without_each(hsic.each, hsic.samples).cpu().numpy()
-        return influence_of(self.layers, cka_of(less) - cka_of(hsic.value.cpu().numpy()))
+        less = _without(without_each(hsic.each, hsic.samples).cpu().numpy(), dead)
+        return influence_of(self.layers, cka_of(less) - cka_of(_without(hsic.value.cpu().numpy(), dead)))
 
     def _sums(self) -> _Sums:
         store = self._store
@@ -150,20 +175,15 @@ class WholeSetCKA(StreamingCKA):
             if not store.samples:
                 raise ShapeError("no batch was seen yet")
             raise BatchTooSmallError(f"{store.samples} samples in all; unbiased HSIC needs at least 4")
-        free = store.memory - (0 if store.on_disk else store.bytes)
-        plan = plan_whole_set(
-            store.samples, store.widths, kernel=self.kernel, bytes_free=free, on_disk=store.on_disk,
-            whole=bool(self.permutations),
-        )  # fmt: skip
+        plan = self._plan()
+        generator = torch.Generator().manual_seed(self.seed)
         counts = torch.cat(self._counts) if self._counts else None
         with threadpool_limits(torch.get_num_threads(), user_api="blas"):
             if plan.way == "features":
                 return _by_features(store, counts)
             factor = self.rbf_factor if self.kernel == "rbf" else None
             if plan.tile >= store.samples:
-                return _by_one_gram(
-                    store, factor, counts, self.errors or self.keep_each, self.permutations, self._generator
-                )
+                return _by_one_gram(store, factor, counts, self.errors or self.keep_each, self.permutations, generator)
             return _by_tiles(store, plan.tile, factor, counts)
 
 
@@ -251,7 +271,7 @@ def plan_whole_set(
     ]  # fmt: skip
     if kernel == "linear" and not whole:
         size = kept + total**2 * 20 + 4 * min(n, _PIECE) * total * 4 + count * min(n, _FEW) ** 2 * 16
-        plans.append(Plan("features", 0, size, 4.0 * n * total**2))
+        plans.append(Plan("features", 0, size, 6.0 * n * total**2))
     fitting = [plan for plan in plans if plan.bytes <= bytes_free]
     if not fitting:
         least = min(plan.bytes for plan in plans) - min(bytes_free, 0)
@@ -272,7 +292,7 @@ class _Sums:
     spread: Array
     square: Array
     scale: Array
-    wrong: Tensor | None = None  # (permutations, L, L): HSIC of wrongly paired samples
+    wrong: tuple[Tensor, Tensor] | None = None  # of wrongly paired samples, unbiased and biased: (permutations, L, L)
 
     @property
     def biased(self) -> Array:
@@ -282,10 +302,13 @@ class _Sums:
 
 def _biased(hsic: HSIC, diagonals: Tensor) -> Array:
     """What U-centring took away is a function of the diagonals alone."""
-    n, d = hsic.samples, diagonals.sum(0)
-    own = diagonals.T @ diagonals * (n / (n - 2))
-    total = hsic.value * (n * (n - 3)) - d[:, None] * d / ((n - 1) * (n - 2)) + own
-    return total.cpu().numpy()
+    return _with_diagonals(hsic.samples, hsic.value, diagonals, diagonals).cpu().numpy()
+
+
+def _with_diagonals(n: int, hsic: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
+    """⟨HKH, HLH⟩ from unbiased HSIC and the diagonals of HKH and HLH, shape (n, L) each."""
+    sums = mine.sum(0)[:, None] * theirs.sum(0) / ((n - 1) * (n - 2))
+    return hsic * (n * (n - 3)) - sums + mine.T @ theirs * (n / (n - 2))
 
 
 def _assemble(store: RowStore, hsic: HSIC, diagonals: Tensor, *, scale: Array | None = None, **linear: Any) -> _Sums:
@@ -293,13 +316,18 @@ def _assemble(store: RowStore, hsic: HSIC, diagonals: Tensor, *, scale: Array | 
     found = {"spread": diagonals.sum(0).cpu().numpy(), "square": np.diagonal(_biased(hsic, diagonals)), **linear}
     if scale is None:
         scale = found["spread"] + np.array([store.offset(i) for i in range(len(store.layers))])
-    if not np.isfinite(scale).all():
-        name = store.layers[int(np.flatnonzero(~np.isfinite(scale))[0])]
+    _refuse_non_finite(store, scale)
+    return _Sums(hsic=hsic, diagonals=diagonals, scale=scale, **found)
+
+
+def _refuse_non_finite(store: RowStore, sizes: Array) -> None:
+    """See that every layer's squared norm is a number; the first that is not gets named."""
+    if not np.isfinite(sizes).all():
+        name = store.layers[int(np.flatnonzero(~np.isfinite(sizes))[0])]
         raise NonFiniteError(
             f"NaN or infinity in the activations of layer {name!r}, or numbers above 1e19; check the input and the "
             "weights"
         )
-    return _Sums(hsic=hsic, diagonals=diagonals, scale=scale, **found)
 
 
 def _by_features(store: RowStore, counts: Tensor | None) -> _Sums:
@@ -331,7 +359,7 @@ def _by_one_gram(
             diagonal, scales[i] = centred.diagonal(), linear["spread"][i] + store.offset(i)
         diagonals.append(diagonal.to(stack.device))
     hsic = hsic_from_grams(stack, counts=counts, errors=errors, each=errors)
-    wrong = _wrong_pairings(stack, permutations, generator) if permutations else None
+    wrong = _wrong_pairings(stack, torch.stack(diagonals, 1), permutations, generator) if permutations else None
     given = linear if factor is not None else {}
     return _assemble(store, hsic, torch.stack(diagonals, 1), scale=scales, wrong=wrong, **given)
 
@@ -342,17 +370,18 @@ def _u_centred_gram(store: RowStore, position: int, place: Tensor) -> tuple[Tens
     Where the mean is not much larger than the variation, U-centring takes it out nearly as exactly as centring the
     rows would, and BLAS can have the rows as they are.
     """
-    n = store.samples
-    raw, shift = store.uncentred(position), torch.zeros(())
+    n, raw, shift = store.samples, store.uncentred(position), torch.zeros(())
     if raw is not None:
         gram = torch.from_numpy(raw.numpy() @ raw.numpy().T)  # NumPy takes the symmetric product
         rows = gram.sum(1, dtype=torch.float64)
         diagonal = gram.diagonal().double() - 2 * rows / n + rows.sum() / n**2
         scale = float(gram.diagonal().sum(dtype=torch.float64))
         shift = rows / n - rows.sum() / (2 * n**2)
-    else:
+        if not rows.sum() / n <= BURDEN * diagonal.sum():  # what some columns did not show
+            raw, shift = None, torch.zeros(())
+    if raw is None:
         gram = _gram(store, position, slice(0, n), slice(0, n))
-        diagonal = gram.diagonal().double()
+        diagonal = gram.diagonal().to(torch.float64, copy=True)
         scale = float(diagonal.sum()) + store.offset(position)
     u = (diagonal / (n - 2) - diagonal.sum() / (2 * (n - 1) * (n - 2)) - shift).to(gram.dtype)
     place.copy_(gram.add_(u[:, None]).add_(u).fill_diagonal_(0.0))
@@ -363,6 +392,7 @@ def _by_tiles(store: RowStore, tile: int, factor: float | None, counts: Tensor |
     """Gram matrices in tiles of the upper triangle, none of them ever whole."""
     n, count = store.samples, len(store.layers)
     norms = _norms(store)
+    _refuse_non_finite(store, norms.sum(0).cpu().numpy())
     kernel = _TiledKernel(store, tile, norms, factor)
     diagonals, linear = kernel.diagonals()
     u = diagonals / (n - 2) - diagonals.sum(0) / (2 * (n - 1) * (n - 2))
@@ -525,14 +555,20 @@ def _row_sums(stack: Tensor) -> Tensor:
     return torch.cat([block @ block.transpose(1, 2) for block in blocks])
 
 
-def _wrong_pairings(stack: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
+def _wrong_pairings(
+    stack: Tensor, diagonals: Tensor, permutations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Unbiased HSIC and ⟨HKH, HLH⟩ with the samples of one side in random order, shape (permutations, L, L) each."""
     n, flat = stack.shape[1], stack.flatten(1).double()
-    found = flat.new_empty(permutations, len(stack), len(stack))
-    for draw in found:
+    unbiased = flat.new_empty(permutations, len(stack), len(stack))
+    biased = torch.empty_like(unbiased)
+    for draw, both in zip(unbiased, biased, strict=True):
         order = torch.randperm(n, generator=generator).to(stack.device)
         for j, gram in enumerate(stack):
             draw[:, j] = flat @ gram[order][:, order].flatten().double()
-    return found / (n * (n - 3))
+        draw /= n * (n - 3)
+        both.copy_(_with_diagonals(n, draw, diagonals, diagonals[order]))
+    return unbiased, biased
 
 
 def _sample_groups(hsic: HSIC, dead: Flags) -> tuple[Array, Array]:

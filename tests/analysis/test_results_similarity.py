@@ -24,8 +24,9 @@ VALUES = np.array([[0.9, 0.25, NAN], [0.1, 0.75, NAN]])
 
 def null(shape=(2, 3)):
     return PermutationNull(
-        permutations=19, mean=np.full(shape, 0.01), bound=np.full(shape, 0.125), p_value=np.full(shape, NAN), level=0.9
-    )
+        permutations=19, mean=np.full(shape, 0.01), bound=np.full(shape, 0.125), level=0.9,
+        p_value=np.where(np.indices(shape)[1] < 2, 0.05, NAN),
+    )  # fmt: skip
 
 
 def cross(**changes):
@@ -237,6 +238,7 @@ def test_a_rectangle_leaves_as_one_row_per_pair_with_its_null():
     ]
     np.testing.assert_array_equal(frame.value, VALUES.ravel())
     assert set(frame.null_bound) == {0.125}
+    np.testing.assert_array_equal(frame.p_value, [0.05, 0.05, NAN] * 2)
     assert list(cross(null=None).to_frame().columns) == expected[:-2]
 
 

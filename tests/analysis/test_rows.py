@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import io
 import os
 import tempfile
+import warnings
 import weakref
 
 import pytest
@@ -185,6 +187,27 @@ def test_numbers_below_float32_are_kept_in_float32(dtype, memory_mib, store_of):
     torch.testing.assert_close(store.centred(0), x.float() - x.float().mean(0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_batches_of_another_type_are_the_same_rows_on_disk(kinds):
+    """float64 numbers that float32 holds exactly, so that either type may be kept."""
+    x = draw(20, 6)
+    for memory_mib in (PLENTY, NOTHING):
+        store = RowStore(["a"], memory_mib)
+        for part, kind in zip(x.split(10), kinds, strict=True):
+            store.append(0, part.to(kind))
+        try:
+            assert torch.equal(store.read(0).double(), x.double())
+        finally:
+            store.close()
+
+
+def test_batches_of_maps_in_another_memory_format_have_their_features_in_the_same_order(store_of):
+    x = draw(20, 3, 4, 4)
+    store = store_of([x[:10]], PLENTY)
+    store.append(0, x[10:].contiguous(memory_format=torch.channels_last))
+    assert torch.equal(store.read(0), x.flatten(1))
+
+
 def test_a_strided_part_of_a_tensor_is_stored_as_its_values(store_of):
     x = draw(20, 12)
     for part in (x[:, ::3], x[::2], draw(12, 20).T, x[:1].expand(20, 12)):
@@ -244,14 +267,16 @@ def test_close_lets_go_of_rows_in_memory():
     assert kept() is None
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_files_are_closed_with_a_store_that_nobody_holds():
+def test_files_are_closed_without_a_warning_with_a_store_that_nobody_holds():
     store = RowStore(["a"], NOTHING)
     store.append(0, draw(8, 4))
     files = open_files(store)
     assert all(map(is_open, files))
-    del store
-    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del store
+        gc.collect()
+    assert not caught
     assert not any(map(is_open, files))
 
 
@@ -286,3 +311,63 @@ def test_a_full_disk_is_answered_with_what_to_do(writes, monkeypatch, tmp_path):
     for way_out in ("raise memory_mib", "pool the maps", "set TMPDIR"):
         assert way_out in message
     assert isinstance(caught.value.__cause__, OSError)
+
+
+class FullDevice(io.RawIOBase):
+    """A raw file on a disk with no space left."""
+
+    def readable(self):
+        return True
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *_):
+        return 0
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_shows_at_once_and_not_when_a_buffer_is_written_later(monkeypatch):
+    made = []
+
+    def file(buffering=-1, **_):
+        made.append(FullDevice() if buffering == 0 else io.BufferedRandom(FullDevice()))
+        return made[-1]
+
+    monkeypatch.setattr(rows_module.tempfile, "TemporaryFile", file)
+    try:
+        with pytest.raises(ConfigError, match="No space left on device"):
+            RowStore(["a"], NOTHING).append(0, draw(8, 4))
+    finally:
+        for opened in made:
+            opened.close() if isinstance(opened, FullDevice) else opened.detach()
+
+
+def test_a_file_that_takes_a_part_of_a_write_gets_the_rest(monkeypatch, store_of):
+    class Slow:
+        """Takes at most 100 bytes at a time, as a file may."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:100])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    open_file = tempfile.TemporaryFile
+    monkeypatch.setattr(rows_module.tempfile, "TemporaryFile", lambda **options: Slow(open_file(**options)))
+    x = draw(40, 6)
+    assert torch.equal(store_of([x], NOTHING).read(0), x)
+
+
+def test_a_temporary_folder_that_is_not_there_is_answered_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        RowStore(["a"], NOTHING).append(0, draw(8, 4))

@@ -281,7 +281,6 @@ def test_a_failure_on_one_rank_reaches_every_rank_and_the_others_are_told_whose_
     assert message in str(other)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="bug: on the rank that failed, the message names no rank")
 @pytest.mark.parametrize("name", FAILURES)
 def test_the_rank_that_failed_is_named_on_that_rank_too(two, name):
     rank = FAILURES[name][0]
@@ -294,18 +293,10 @@ def test_nan_in_a_whole_set_measure_fails_on_every_rank_and_names_the_layer(two)
         assert "layer '0'" in str(error)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="bug: whole-set rows are checked only when merged, where ranks are forgotten",
-)
 def test_nan_in_a_whole_set_measure_names_the_rank(two):
     assert all("rank 1" in str(error) for error in two["NaN on the last rank, svcca"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: any DataError of a loader counts as a rank without batches, whose data are lost"
-)
 def test_a_loader_that_breaks_on_one_rank_fails_on_every_rank(two):
     """It had yielded its batch by then; the result of the other ranks alone would be wrong."""
     for error in two["a loader that breaks"]:
@@ -342,11 +333,6 @@ def lost(rank, world, folder, _names, timeout_s):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="bug: only layerlens' own errors are shared, so that the other ranks wait",
-)
 def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
     own, other = start(2, tmp_path, ["lost"], target=lost, timeout_s=6)["lost"][::-1]
     assert "disk" in str(own)

@@ -26,7 +26,7 @@ KERNEL_WAYS = [(way, kernel) for way in WAYS for kernel in ("linear", "rbf") if 
 
 def fails(reason):
     """A claim that does not hold yet; once it does, this mark has to go."""
-    return pytest.mark.xfail(strict=True, reason=reason)
+    return ()
 
 
 def width(way):
@@ -136,7 +136,7 @@ def accumulate(plans):
 
     yield make
     for state in made:
-        state._store.close()
+        state.close()
 
 
 def assert_way(plan, way, n):
@@ -188,9 +188,7 @@ def test_all_ways_agree_on_values_intervals_blocks_and_directions(p, kernel, mea
         np.testing.assert_allclose(found.participation, first.participation, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(WAYS[0], marks=fails("a view of the diagonal is zeroed: all layers are missing")), *WAYS[1:]]
-)
+@pytest.mark.parametrize("way", WAYS)
 def test_float64_features_are_compared_in_float64(way, accumulate, plans):
     layers = [x.double() for x in related_layers(N, width(way), 1000)]
     found = accumulate(layers, way).compute()
@@ -198,15 +196,7 @@ def test_float64_features_are_compared_in_float64(way, accumulate, plans):
     np.testing.assert_allclose(found.values, definition(layers), atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("batch", "column"),
-    [
-        (N, 0),
-        pytest.param(N, 1, marks=fails("rows of one batch are not centred first, judging by every 4th column")),
-        pytest.param(N, 1415, marks=fails("rows of one batch are not centred first, judging by every 4th column")),
-        (50, 1415),
-    ],
-)
+@pytest.mark.parametrize(("batch", "column"), [(N, 0), (N, 1), (N, 1415), (50, 1415)])
 def test_one_feature_with_a_large_mean_does_not_drown_the_others(batch, column, accumulate):
     """Language models have such features: every 8th column or so would not show it."""
     layers = related_layers(N, 2000)
@@ -227,12 +217,12 @@ def test_a_bound_on_the_memory_alone_leads_to_tiles_of_rows_on_disk(plans):
     state.update(layers)
     assert state._store.on_disk
     found = state.compute()
-    state._store.close()
+    state.close()
     assert 0 < plans[-1].tile < 386
     np.testing.assert_allclose(found.values, definition(layers), atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize("p", [pytest.param(2, marks=fails("float32 covariances: up to 2.4e-7")), 10, 100])
+@pytest.mark.parametrize("p", [2, 10, 100])
 def test_features_of_many_samples_are_exact_to_a_ten_millionth(p, plans, accumulate):
     """Covariances of few features average few roundings away."""
     for mean, seed in itertools.product((0, 1000), (0, 100, 200, 300, 400, 500)):
@@ -343,13 +333,7 @@ def test_a_layer_that_varies_by_rounding_alone_is_constant(way, kernel, accumula
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("batch", [N, 50])
-@pytest.mark.parametrize(
-    ("way", "kernel"),
-    [
-        pytest.param(*case, marks=fails("torch.histc stops on the distances")) if case == ("tiles", "rbf") else case
-        for case in KERNEL_WAYS
-    ],
-)
+@pytest.mark.parametrize(("way", "kernel"), KERNEL_WAYS)
 def test_a_number_that_is_not_finite_names_the_first_layer_with_one(way, kernel, batch, value, accumulate):
     layers = related_layers(N, width(way))
     layers[1][150, 3] = layers[2][2, 2] = value
@@ -396,7 +380,7 @@ def computed_within(mib, layers, **options):
         state.update(layers)
         return state.compute(), state._store.on_disk
     finally:
-        state._store.close()
+        state.close()
 
 
 def refusal(mib, layers, **options):
@@ -431,9 +415,7 @@ def test_the_least_that_works_with_rows_on_disk_does_so(mib, options):
     refusal(mib + by - 2, layers, **options)
 
 
-@pytest.mark.parametrize(
-    "mib", [pytest.param(12, marks=fails("the raised bound takes the rows into memory: too little is left")), 16, 20]
-)
+@pytest.mark.parametrize("mib", [4, 12, 14, 16, 20])
 def test_the_least_that_works_does_so_where_it_takes_the_rows_back_into_memory(mib):
     layers = [draw(600, 5000)]
     _, by = refusal(mib, layers)
@@ -487,7 +469,6 @@ for _ in range(n // batch):
     state.update(list(activations.normal_(generator=draw)))
 state.compute()
 print(peak() - before)
-state._store.close()
 """
 
 
@@ -504,10 +485,22 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="
 SLACK_MIB = 8  # libraries' own buffers
 
 
+FEW_ROWS = fails("`few_grams` holds a tile's rows of all layers, and 512 rows of all layers in float64 twice")
+TILES_TWICE = fails("the tiles of all layers are held twice")
+RBF_COPIES = fails("distances, their copies and the indices of pairs are not in the plan")
+
+
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["linear", "rbf"])
-@pytest.mark.parametrize("mib", [64, 1024])
+@pytest.mark.parametrize(
+    ("mib", "kernel"),
+    [
+        pytest.param(64, "linear", marks=FEW_ROWS),
+        (64, "rbf"),
+        (1024, "linear"),
+        pytest.param(1024, "rbf", marks=RBF_COPIES),
+    ],
+)
 def test_peak_memory_of_wide_layers_stays_within_the_bound(mib, kernel):
     """188 MiB of rows: on disk within the small bound, in memory within the large one."""
     assert peak_mib(4000, 3, 4096, mib, kernel) <= mib + SLACK_MIB
@@ -518,12 +511,13 @@ def test_peak_memory_of_wide_layers_stays_within_the_bound(mib, kernel):
 @pytest.mark.parametrize(
     ("n", "count", "p", "mib", "kernel"),
     [
-        (4000, 10, 100, 100, "linear"),  # tiles of rows in memory
-        (2000, 3, 1000, 250, "rbf"),  # one Gram matrix
+        (4000, 10, 100, 100, "linear"),  # small tiles of rows in memory
+        pytest.param(8000, 4, 750, 1000, "linear", marks=TILES_TWICE),
+        pytest.param(2000, 2, 20000, 150, "linear", marks=FEW_ROWS),  # tiles of wide rows on disk
+        pytest.param(2000, 3, 1000, 250, "rbf", marks=RBF_COPIES),
         (2000, 3, 1000, 150, "rbf"),  # tiles
-        (8000, 4, 500, 600, "linear"),  # large tiles
+        (8000, 4, 500, 600, "linear"),  # features wide enough that their products are most of it
         (20000, 20, 8, 200, "linear"),  # features; what each sample adds is most of it
-        (10000, 4, 500, 150, "linear"),  # features wide enough that their products are most of it
     ],
 )
 def test_peak_memory_stays_within_the_bound_whatever_takes_most_of_it(n, count, p, mib, kernel):
@@ -583,7 +577,6 @@ def test_influence_of_four_samples_is_refused(accumulate):
         accumulate(related_layers(4, 6), influence=True).influence()
 
 
-@fails("layers that compute() calls constant count here")
 def test_influence_leaves_a_constant_layer_out(accumulate):
     x, y, _ = related_layers(40, 6)
     alone = accumulate([x, y], influence=True).influence()
@@ -592,7 +585,6 @@ def test_influence_leaves_a_constant_layer_out(accumulate):
     assert not found.change[1].any()
 
 
-@fails("layers that compute() calls constant count here")
 def test_influence_leaves_a_layer_out_that_varies_by_rounding_alone(accumulate):
     x, y, _ = related_layers(40, 6)
     alone = accumulate([x, y], influence=True).influence()
@@ -624,7 +616,7 @@ def test_null_is_the_cka_of_wrongly_paired_samples(accumulate):
     for estimator, kernel in itertools.product(("debiased", "biased"), ("linear", "rbf")):
         null = accumulate([x, y], permutations=1, seed=3, estimator=estimator, kernel=kernel).compute().null
         order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
-        wrong = definition([x, y[order]], kernel)[0, 1]
+        wrong = definition([x, y[order]], kernel, estimator)[0, 1]
         assert null.mean[0, 1] == pytest.approx(wrong, abs=1e-6)
 
 
@@ -643,7 +635,6 @@ def test_asking_twice_gives_the_same_values(accumulate):
     np.testing.assert_array_equal(influence.largest, state.influence().largest)
 
 
-@fails("each call goes on with the generator")
 def test_asking_twice_gives_the_same_null(accumulate):
     state = accumulate(related_layers(60, 10), permutations=5)
     first, second = state.compute(), state.compute()
@@ -711,8 +702,8 @@ def test_intervals_of_the_biased_estimator_are_as_wide_on_its_own_scale(accumula
 # --- rows with several positions --------------------------------------------------------------------------------
 
 
-def accumulated_positions(layers, counts, accumulate, way, parts=3):
-    state = accumulate([x[:0] for x in layers], positions=True)
+def accumulated_positions(layers, counts, way, parts=3):
+    state = WholeSetCKA([f"layer{i}" for i in range(len(layers))], positions=True)
     for activations, c in zip(zip(*(x.split(len(x) // parts) for x in layers), strict=True), counts, strict=True):
         state.counts = c
         state.update(activations)
@@ -728,7 +719,7 @@ def test_positions_of_a_sample_move_together_in_every_way(p, accumulate, plans):
     layers = [x.repeat_interleave(copies, 0) for x in related_layers(m, p)]
     counts = [torch.full((12,), copies)] * 3
     ways = ["features" if p == 12 else "one Gram matrix", "tiles"]
-    grouped = [accumulated_positions(layers, counts, accumulate, way).compute() for way in ways]
+    grouped = [accumulated_positions(layers, counts, way).compute() for way in ways]
     for plan, way in zip(plans, ways, strict=True):
         assert_way(plan, way, m * copies)
     np.testing.assert_allclose(grouped[0].values, grouped[1].values, atol=1e-7, rtol=0)
@@ -738,9 +729,9 @@ def test_positions_of_a_sample_move_together_in_every_way(p, accumulate, plans):
     assert (grouped[0].high - grouped[0].low)[0, 1] > 1.8 * (independent.high - independent.low)[0, 1]
 
 
-def test_influence_of_positions_is_refused(accumulate):
+def test_influence_of_positions_is_refused():
     layers = [x.repeat_interleave(2, 0) for x in related_layers(12, 8)]
-    state = accumulated_positions(layers, [torch.full((4,), 2)] * 3, accumulate, "features")
+    state = accumulated_positions(layers, [torch.full((4,), 2)] * 3, "features")
     with pytest.raises(ShapeError, match="influence is of single samples"):
         state.influence()
 
@@ -772,7 +763,7 @@ def test_shards_together_are_one_accumulator(how, on_disk, accumulate):
 
 def test_a_shard_without_batches_adds_nothing(accumulate):
     layers = related_layers(N, 10)
-    state, empty = accumulate(layers), accumulate([x[:0] for x in layers])
+    state, empty = accumulate(layers), WholeSetCKA(["layer0", "layer1", "layer2"])
     before = state.compute()
     state.load_state(WholeSetCKA(["layer0", "layer1", "layer2"]).state())
     np.testing.assert_array_equal(state.compute().values, before.values)
@@ -780,12 +771,12 @@ def test_a_shard_without_batches_adds_nothing(accumulate):
     np.testing.assert_allclose(empty.compute().values, before.values, atol=1e-12)
 
 
-def test_positions_of_two_shards_are_counted_together(accumulate):
+def test_positions_of_two_shards_are_counted_together():
     layers = [x.repeat_interleave(3, 0) for x in related_layers(24, 8)]
     counts = [torch.full((12,), 3)] * 2
-    whole = accumulated_positions(layers, counts, accumulate, "features", parts=2)
-    first = accumulated_positions([x[:36] for x in layers], counts[:1], accumulate, "features", parts=1)
-    second = accumulated_positions([x[36:] for x in layers], counts[:1], accumulate, "features", parts=1)
+    whole = accumulated_positions(layers, counts, "features", parts=2)
+    first = accumulated_positions([x[:36] for x in layers], counts[:1], "features", parts=1)
+    second = accumulated_positions([x[36:] for x in layers], counts[:1], "features", parts=1)
     first.merge(second)
     for name in ("values", "low", "high"):
         np.testing.assert_allclose(getattr(first.compute(), name), getattr(whole.compute(), name), atol=1e-12)
