@@ -133,13 +133,13 @@ class StreamingCKA:
         n = self._make_room(activations[0])
         assert self._stack is not None
         assert self._spectrum is not None
-        half, grams = n // 2, torch.empty(len(activations), n, n)
-        with full_precision(grams.device):
-            for x, gram in zip(activations, grams, strict=True):
+        half, gram = n // 2, torch.empty(n, n)
+        with full_precision(gram.device):
+            for x, place in zip(activations, self._stack, strict=True):
                 torch.mm(x.detach()[:half], x.detach().T, out=gram[:half])
                 torch.mm(x.detach()[half:], x.detach()[half:].T, out=gram[half:, half:])
-        grams[:, half:, :half] = grams[:, :half, half:].transpose(1, 2)
-        self._stack.copy_(grams)
+                gram[half:, :half] = gram[:half, half:].T
+                place.copy_(gram)
         mean = self._stack.sum((1, 2)) / n
         spread = self._stack.diagonal(dim1=1, dim2=2).sum(1) - mean
         self._spectrum[:, 2] = mean
@@ -226,7 +226,10 @@ class StreamingCKA:
         """
         if type(other) is not type(self):
             raise ShapeError(f"only a {type(self).__name__} can be merged into a {type(self).__name__}")
-        mine, theirs = ((s.layers, s.kernel, s.rbf_factor, s.positions, s.permutations) for s in (self, other))
+        mine, theirs = (
+            (s.layers, s.kernel, s.rbf_factor, s.positions, s.permutations, s.errors, s.keep_each)
+            for s in (self, other)
+        )
         if mine != theirs:
             raise ShapeError(f"can't merge CKA of {theirs} into CKA of {mine}")
         self.load_state(other.state())

@@ -52,7 +52,8 @@ class RowStore:
         """
         shape = self._shapes[position]
         kind = self._types[position] if shape[0] else torch.promote_types(activation.dtype, torch.float32)
-        rows = activation.detach().reshape(len(activation), -1).to(kind)  # in one order of features for all batches
+        flat = activation.detach().flatten(1) if activation.ndim > 1 else activation.detach().unsqueeze(1)
+        rows = flat.to(kind)  # features in one order, whatever the memory format of a batch
         if shape[0] and shape[1] != rows.shape[1]:
             raise ShapeError(
                 f"layer {self.layers[position]!r} gives {rows.shape[1]} features per row after {shape[1]} in earlier "
