@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -258,15 +259,17 @@ def compare(
 
     extras = {name: given.pop(name) for name in ("other_layers", "measure", "permutations", "groups")}
     settings, where, dataset = Settings(**given), pick_device(device), load_data(data, download=download)
+    facts = _facts(settings, dataset, measured=[first, second], models=[model_a, model_b or model_a], **extras)
+    folder, stem = Path(out or "compare"), re.sub(r"[^\w.=-]+", "_", extras["measure"])
+    _claim(folder / f"{stem}.json", facts)
     one = _network(first, model_a, dataset, settings.seed)
-    two = _network(second, model_b or model_a, dataset, settings.seed)
+    two = _network(second, model_b or model_a, dataset, settings.seed, option="--other-model")
     labels = _two_labels(first, second)
     found = across(one.to(where), two.to(where), dataset, settings=settings, labels=labels, watch=_watch, **extras)
-    folder = Path(out or "compare")
     title = f"{labels[0]} and {labels[1]}"
-    figures.save_figure(figures.heatmap(found, title=title), folder / f"{found.measure}", found)
+    figures.save_figure(figures.heatmap(found, title=title), folder / stem, found, facts=facts)
     if as_json:
-        click.echo(found.to_json())
+        click.echo(json.dumps({**found.to_dict(), "facts": facts}, allow_nan=False))
         return
     _show(_matrix_rows(found), False, ["layer", *found.columns])
     _tell(found, folder)
@@ -302,9 +305,10 @@ def film(
         device=pick_device(device), watch=_watch,
     )  # fmt: skip
     folder = Path(out) if out else Path(run) / "analysis"
-    figures.save_figure(figures.film_strip(strip), folder / "film", strip)
+    facts = _facts(Settings(**look), None, measured=run, measure=measure)
+    figures.save_figure(figures.film_strip(strip), folder / "film", strip, facts=facts)
     if as_json:
-        click.echo(strip.to_json())
+        click.echo(json.dumps({**strip.to_dict(), "facts": facts}, allow_nan=False))
         return
     _show(_film_rows(strip), False)
     click.echo(f"\nmatrices, tests of each change and figure: {folder}")
@@ -447,6 +451,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(text: str, code: int) -> None:
+    if "tqdm" in sys.modules:  # an open bar would share the message's line
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"layerlens: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -512,6 +519,7 @@ def _measure(
     from layerlens.pipeline import Settings, influence_of_samples, measure_network
     from layerlens.recommendation import settled
     from layerlens.training.checkpoint import write_json
+    from layerlens.training.network import load_network
 
     if not model and not checkpoint:
         raise click.UsageError("give --checkpoint, --model, or both")
@@ -524,22 +532,30 @@ def _measure(
         )
     single = {"groups": extras["groups"]}
     dataset = load_data(data, download=download)
-    network = _network(checkpoint or str(model), model, dataset, settings.seed).to(pick_device(device))
+    network = load_network(checkpoint, model=model, dataset=dataset, seed=settings.seed)[0].to(pick_device(device))
+    facts = _facts(
+        settings, dataset, measured=checkpoint or model, **{k: v for k, v in extras.items() if k != "settle"}
+    )
     found: list[Any] = []
-    for measure in dict.fromkeys(measures):
-        more = extras if measure in pairs else single
+    names = list(dict.fromkeys(name.replace("-", "_") for name in measures))
+    if (extras["tolerance"] is not None or extras["settle"]) and any(parse_measure(n)[0].name != "cka" for n in pairs):
+        raise click.UsageError("--tolerance and --settle are for CKA, whose intervals come batch by batch")
+    for measure in names:
+        more = extras if parse_measure(measure)[0].over == "pairs" else single
+        stem = re.sub(r"[^\w.=-]+", "_", measure)
+        _claim(folder / f"{stem}.json", facts)
         result = measure_network(network, dataset, measure, settings=settings, watch=_watch, **more)
         if isinstance(result, SimilarityMatrix):
             drawn = figures.heatmap(result)
         else:
-            drawn = figures.layer_profile({str(model or checkpoint): result})
-        figures.save_figure(drawn, folder / result.measure, result)
+            drawn = figures.layer_profile({Path(checkpoint).stem if checkpoint else str(model): result})
+        figures.save_figure(drawn, folder / stem, result, facts=facts)
         found.append(result)
     if influence:
         found.append(influence_of_samples(network, dataset, settings, watch=_watch))
-        write_json(folder / "influence.json", found[-1].to_dict())
+        write_json(folder / "influence.json", {**found[-1].to_dict(), "facts": facts})
     if as_json:
-        rows = [result.to_dict() for result in found]
+        rows = [{**result.to_dict(), "facts": facts} for result in found]
         click.echo(json.dumps(rows if len(rows) > 1 else rows[0], allow_nan=False))
         return
     for result in found:
@@ -577,26 +593,63 @@ def _tell(matrix: Any, folder: Path | None) -> None:
     """What stands behind a matrix, below its table."""
     import numpy as np
 
-    finite = np.isfinite(matrix.high)
+    from layerlens.analysis.measures import MEASURES
+
+    apart = np.isfinite(matrix.values)
+    if matrix.rows == matrix.columns:
+        apart &= ~np.eye(len(matrix.rows), dtype=bool)
+    finite = np.isfinite(matrix.high) & apart
     if finite.any():
         reach = float(np.max((matrix.high - matrix.low)[finite]) / 2)
         click.echo(f"{matrix.level:.0%} intervals reach up to ±{reach:.3f}; {matrix.samples} rows")
-    if matrix.null is not None:
-        share = float(np.mean(matrix.null.p_value[np.isfinite(matrix.null.p_value)] < 1 - matrix.null.level))
-        click.echo(f"{share:.0%} of the entries lie beyond their permutation null")
+    known = apart if matrix.null is None else apart & np.isfinite(matrix.null.bound)
+    if matrix.null is not None and known.any():
+        higher = MEASURES[matrix.measure].higher_is_alike
+        beyond = matrix.values > matrix.null.bound if higher else matrix.values < matrix.null.bound
+        click.echo(
+            f"{float(np.mean(beyond[known])):.0%} of the entries are more alike than {matrix.null.level:.0%} of "
+            f"{matrix.null.permutations} wrong pairings of the samples"
+        )
     for caution in matrix.cautions:
         click.echo(f"{caution.code} {caution.text}")
     if folder is not None:
         click.echo(f"intervals, figure and JSON: {folder}")
 
 
-def _network(what: str, model: str | None, dataset: Any, seed: int) -> Any:
+def _network(what: str, model: str | None, dataset: Any, seed: int, *, option: str = "--model") -> Any:
     """A network from a checkpoint file, or from a model's name."""
+    from layerlens.errors import CheckpointError
     from layerlens.training.network import load_network
 
-    if Path(what).exists() or Path(what).suffix in (".safetensors", ".pt", ".pth", ".ckpt"):
-        return load_network(what, model=model, dataset=dataset, seed=seed)[0]
+    run = (Path(what) / "config.json").is_file()
+    if run or Path(what).is_file() or Path(what).suffix in (".safetensors", ".pt", ".pth", ".ckpt"):
+        try:
+            return load_network(what, model=model, dataset=dataset, seed=seed)[0]
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("--model", option)) from error
     return load_network(None, model=what, dataset=dataset, seed=seed)[0]
+
+
+def _facts(settings: Any, dataset: Any, **more: Any) -> dict[str, Any]:
+    """What a kept result was made from: settings, data, files and their digests, versions and commit."""
+    from layerlens.provenance import provenance
+    from layerlens.training.checkpoint import fingerprint
+
+    files = more["measured"] if isinstance(more["measured"], list) else [more["measured"]]
+    digests = {Path(name).name: fingerprint(name) for name in files if Path(name).is_file()}
+    data = None if dataset is None else {"name": dataset.name, "sha256": dataset.fingerprint()}
+    return {**more, "sha256": digests, "data": data, "settings": vars(settings), "environment": provenance()}
+
+
+def _claim(path: Path, facts: dict[str, Any]) -> None:
+    """See that a file holds no result of something else."""
+    from layerlens.errors import RunFolderError
+    from layerlens.training.checkpoint import read_json
+
+    kept = (read_json(path).get("facts") if path.exists() else None) or {}
+    for key in ("measured", "sha256", "data", "settings") if kept else ():
+        if json.loads(json.dumps(facts[key])) != kept.get(key):
+            raise RunFolderError(f"{str(path)!r} holds a result with other {key}; choose another --out")
 
 
 def _two_labels(first: str, second: str) -> tuple[str, str]:
@@ -617,12 +670,18 @@ def _film_rows(strip: Any) -> list[dict[str, Any]]:
         change = strip.changes[k - 1] if k and strip.changes else None
         rows.append(
             {
-                "checkpoint": label, "neighbours": float(np.nanmean(frame.values.diagonal(1))),
-                "all_pairs": float(np.nanmean(frame.values[upper])),
+                "checkpoint": label, "neighbours": _mean(frame.values.diagonal(1)),
+                "all_pairs": _mean(frame.values[upper]),
                 "entries_changed": int((change.adjusted[upper] < 1 - change.level).sum()) if change else None,
             }
         )  # fmt: skip
     return rows
+
+
+def _mean(values: Any) -> float | None:
+    """Mean of the numbers that there are; None if there are none."""
+    known = values[values == values]
+    return float(known.mean()) if len(known) else None
 
 
 def _declared(measure: Any) -> dict[str, Any]:
@@ -682,9 +741,10 @@ def _bar(title: str) -> Iterator[Callable[[Any], None]]:
 
 
 def _watch(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """The items with a progress bar on stderr, which begins with the first of them."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=title, leave=False, file=sys.stderr)  # type: ignore[no-any-return]
+    yield from tqdm(items, desc=title, leave=False, file=sys.stderr)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str] | None = None) -> None:

@@ -60,6 +60,8 @@ def heatmap(
     from matplotlib.patches import Rectangle
 
     with _style():
+        if isinstance(matrix, CrossSimilarity) and (regions or targets):
+            raise ShapeError("regions and targets belong to the matrix of one model, not to one of two")
         rows, columns = len(matrix.rows), len(matrix.columns)
         high, wide = (min(3.2 + 0.22 * count, 9.0) for count in (rows, columns))
         axes = ax or plt.subplots(figsize=(wide + 0.7, high), layout="constrained")[1]
@@ -133,8 +135,8 @@ def film_strip(strip: FilmStrip, *, columns: int = 6) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    if not strip.frames:
-        raise ShapeError("no frame to draw")
+    if not strip.frames or columns < 1:
+        raise ShapeError("no frame to draw" if not strip.frames else f"columns={columns}; allowed: 1 or more")
     with _style():
         count = len(strip.frames)
         across = min(columns, count)
@@ -155,7 +157,9 @@ def film_strip(strip: FilmStrip, *, columns: int = 6) -> Figure:
             axes.spines[:].set_visible(False)
             named = place % across == 0
             axes.set_yticks(range(layers), matrix.layers if named else [""] * layers)
-            axes.set_xticks(range(layers), range(layers), fontsize=6)
+            axes.set_xticks(range(layers), strip.frames[0].layers if place + across >= count else [""] * layers)
+            axes.tick_params(axis="x", rotation=90)
+        figure.suptitle(f"{_name_of(strip.frames[0])}, {strip.frames[0].samples} samples")
         figure.colorbar(grid[0][0].images[0], ax=list(grid.flat), shrink=0.8, label=_quantity(strip.frames[0]))
     return figure
 
@@ -239,7 +243,12 @@ def training_curves(
 
 
 def save_figure(
-    drawn: Axes | Figure, stem: str | Path, source: Mapping[str, Result] | Any, formats: Sequence[str] = FORMATS
+    drawn: Axes | Figure,
+    stem: str | Path,
+    source: Mapping[str, Result] | Any,
+    formats: Sequence[str] = FORMATS,
+    *,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a figure in every format, and beside it the JSON that it was drawn from; the figure is closed.
 
@@ -248,6 +257,7 @@ def save_figure(
         stem: Path without an ending.
         source: The result, or results by label.
         formats: Of `png`, `svg`, `pdf`.
+        facts: What the result was made from, kept beside it in the JSON.
 
     Raises:
         RunFolderError: The folder can't be written.
@@ -257,6 +267,7 @@ def save_figure(
     figure: Any = getattr(drawn, "figure", drawn)
     stem, stamps = Path(stem), {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     content = source.to_dict() if isinstance(source, Result) else _by_label(source)
+    content = content if facts is None else {**content, "facts": dict(facts)}
     written = []
     try:
         for ending in formats:
@@ -300,6 +311,7 @@ def _name_of(matrix: SimilarityMatrix | CrossSimilarity) -> str:
 def _quantity(matrix: SimilarityMatrix | CrossSimilarity) -> str:
     measure = MEASURES[matrix.measure]
     name = "CKA" if matrix.measure == "cka" else matrix.measure.replace("_", " ")
+    name = "procrustes angle, rad" if matrix.measure == "procrustes" else name
     return name if measure.higher_is_alike else f"{name} (higher is {measure.higher})"
 
 

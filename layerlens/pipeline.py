@@ -40,6 +40,7 @@ from layerlens.models import head_name
 from layerlens.provenance import provenance
 from layerlens.recommendation import Recommendation, recommend
 from layerlens.reduction import make_reduction
+from layerlens.specs import parse_spec
 from layerlens.training.checkpoint import fingerprint, read_json, write_json
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, read_metrics, read_result, train
@@ -87,7 +88,7 @@ class Settings:
             raise ConfigError(f"seed={self.seed}; allowed: 0 to 2**63 - 1")
         if not 0 < self.level < 1:
             raise ConfigError(f"level={self.level}; allowed: between 0 and 1")
-        if not self.memory_mib > 0:
+        if not 0 < self.memory_mib < float("inf"):
             raise ConfigError(f"memory_mib={self.memory_mib}; allowed: above 0")
         make_reduction(self.reduce)
 
@@ -187,7 +188,9 @@ def analyze(
         memory_mib=chosen.memory_mib, level=chosen.level, seed=chosen.seed,
     )  # fmt: skip
     assert isinstance(matrix, SimilarityMatrix)
-    rank = measure_layers(network, see(batches, f"rank {label}"), chosen.layers, level=chosen.level)
+    rank = measure_layers(
+        network, see(batches, f"rank {label}"), chosen.layers, reduce=chosen.reduce, level=chosen.level
+    )
     return Analysis(
         label=label, cka=matrix, effective_rank=rank, geometry=measure_geometry(network, dataset, chosen),
         facts={**(facts or {}), "settings": vars(chosen), "environment": provenance(device_of(network))},
@@ -330,7 +333,7 @@ def measure_network(
     }  # fmt: skip
     loader = see(batches, found.name)
     if found.over == "pairs":
-        asked = chosen.cka if measure == "cka" else measure
+        asked = _with_settings(measure, chosen)
         matrix = similarity_matrix(
             network, loader, chosen.layers, measure=asked, permutations=permutations, tolerance=tolerance,
             settle=settle, seed=chosen.seed, **common,
@@ -341,6 +344,15 @@ def measure_network(
         raise ConfigError(f"{found.name} is a measure of single layers; permutations and tolerance are for pairs")
     view = _view_of(dataset, views or usual_views(flip=dataset.flip), chosen.seed)
     return measure_layers(network, loader, chosen.layers, measure=measure, views=view, **common)
+
+
+def _with_settings(measure: str, settings: Settings) -> str:
+    """A CKA specification with kernel and estimator of the settings, where it does not name its own."""
+    found, _ = parse_measure(measure)
+    if found.name != "cka":
+        return measure
+    named = {"kernel": settings.kernel, "estimator": settings.estimator, **parse_spec(measure).options}
+    return "cka," + ",".join(f"{key}={value}" for key, value in named.items())
 
 
 def influence_of_samples(
@@ -384,7 +396,7 @@ def compare(
     batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
     found = similarity_matrix(
         first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or chosen.layers,
-        measure=chosen.cka if measure == "cka" else measure, reduce=chosen.reduce, level=chosen.level, groups=groups,
+        measure=_with_settings(measure, chosen), reduce=chosen.reduce, level=chosen.level, groups=groups,
         permutations=permutations, memory_mib=chosen.memory_mib, seed=chosen.seed, labels=labels,
     )  # fmt: skip
     assert isinstance(found, CrossSimilarity)
@@ -419,6 +431,8 @@ def film_strip(
     parse_measure(measure, over=("pairs",))
     config, result = read_run_config(folder), read_result(folder)
     data = dataset or load_data(config.data)
+    if data.fingerprint() != config.data_sha256:
+        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {config.data!r} than are there now")
     labels, frames = [], []
     for name in see(result.checkpoints, "checkpoints"):
         network, metadata = load_network(folder / name, model=model, dataset=data)

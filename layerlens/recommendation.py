@@ -126,14 +126,20 @@ def settled(
     """Whether a recommendation is settled: for `similarity_matrix(…, settle=settled(0.95))`.
 
     It is once the matrix supports targets and the edges of each supported region recur in at least `level` of the
-    resampled matrices.
+    resampled matrices. Since that is a matter of seconds for many layers, it looks each time the samples have grown
+    by a quarter.
 
     Args:
         level: Share of resampled matrices, in (0, 1].
         baseline, criterion, seed: As for `recommend`.
     """
 
+    seen = [0]
+
     def check(matrix: SimilarityMatrix) -> bool:
+        if seen[0] < matrix.samples < 1.25 * seen[0]:
+            return False
+        seen[0] = matrix.samples
         targets = recommend(matrix, baseline, criterion=criterion, seed=seed).targets
         return bool(targets) and min(target.confidence for target in targets) >= level
 

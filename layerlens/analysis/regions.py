@@ -140,6 +140,9 @@ def find_regions(
         ShapeError: The two matrices have different layers.
         UnknownNameError: An unknown criterion.
     """
+    for given in (matrix, baseline):
+        if given is not None and given.measure != "cka":
+            raise ShapeError(f"regions are defined on CKA, whose batches can be resampled; got {given.measure}")
     check_criterion(criterion)
     if resamples < 1:
         raise ConfigError(f"resamples={resamples}; allowed: 1 or more")

@@ -98,7 +98,8 @@ def fisher_intervals(values: Array, error: Array, quantile: float) -> tuple[Arra
         quantile: How many of them to each side.
     """
     z = _fisher(values)
-    reach = quantile * error / np.maximum(1 - values**2, 1e-7)  # below that, errors are rounding
+    reach = quantile * error / np.maximum(1 - values**2, 1e-7)
+    reach = np.where(values > 1 - 1e-9, 0.0, reach)  # identical layers: what error there is comes from rounding
     return np.tanh(z - reach), np.tanh(z + reach)
 
 

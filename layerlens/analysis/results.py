@@ -96,6 +96,8 @@ class PermutationNull(Result):
     def __post_init__(self) -> None:
         for name in ("mean", "bound", "p_value"):
             _freeze(self, name)
+        if not self.mean.shape == self.bound.shape == self.p_value.shape:
+            raise ShapeError(f"a null of shapes {self.mean.shape}, {self.bound.shape} and {self.p_value.shape}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,8 @@ class _Similarity(Result):
             object.__setattr__(self, "precision_error", float("nan"))
         if isinstance(self.null, dict):
             object.__setattr__(self, "null", PermutationNull(**_without_stamp(self.null)))
+        if self.null is not None and self.null.mean.shape != shape:
+            raise ShapeError(f"a null of shape {self.null.mean.shape} for {rows} × {columns} layers")
         object.__setattr__(self, "cautions", restore_cautions(self.cautions))
 
     @property
@@ -325,7 +329,11 @@ class SampleInfluence(Result):
         object.__setattr__(self, "layers", tuple(self.layers))
         for name in ("largest", "z_score", "change"):
             _freeze(self, name)
-        object.__setattr__(self, "index", np.asarray(self.index, dtype=np.int64))
+        index = np.array(self.index, dtype=np.int64)
+        index.setflags(write=False)
+        object.__setattr__(self, "index", index)
+        if len(self.largest) != self.samples or self.index.shape != self.change.shape:
+            raise ShapeError(f"{self.samples} samples, but influence of {len(self.largest)}")
 
     def outliers(self, threshold: float = 8.0) -> tuple[int, ...]:
         """Samples whose influence stands out by more than `threshold` spreads, strongest first."""
@@ -368,6 +376,8 @@ class Difference(Result):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("values", "low", "high", "p_value", "adjusted"):
             _freeze(self, name)
+            if getattr(self, name).shape != (len(self.rows), len(self.columns)):
+                raise ShapeError(f"{name} has shape {getattr(self, name).shape} for {self.rows} and {self.columns}")
 
     def to_frame(self) -> Any:
         """One row per entry (a pandas DataFrame)."""
@@ -401,6 +411,8 @@ class FilmStrip(Result):
         for name, kind in kinds.items():
             items = [kind(**_without_stamp(i)) if isinstance(i, dict) else i for i in getattr(self, name)]
             object.__setattr__(self, name, tuple(items))
+        if len(self.labels) != len(self.frames) or len({frame.layers for frame in self.frames}) > 1:
+            raise ShapeError(f"{len(self.labels)} labels for {len(self.frames)} frames, all over the same layers")
 
     def to_frame(self) -> Any:
         """All matrices in long form with a column `checkpoint` (a pandas DataFrame)."""

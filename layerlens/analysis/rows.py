@@ -29,8 +29,8 @@ class RowStore:
     """
 
     def __init__(self, layers: Sequence[str], memory_mib: float) -> None:
-        if not memory_mib > 0:
-            raise ConfigError(f"memory_mib={memory_mib}; allowed: above 0")
+        if not 0 < memory_mib < float("inf"):
+            raise ConfigError(f"memory_mib={memory_mib}; allowed: above 0, in MiB")
         self.layers, self.memory = tuple(layers), int(memory_mib * MIB)
         self._parts: list[list[Tensor]] = [[] for _ in layers]
         self._files: list[IO[bytes]] = []
