@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from layerlens.analysis.cka import GROUPS, StreamingCKA, influence_of, null_of, without_each
-from layerlens.analysis.hsic import HSIC, few_grams, hsic_from_features, hsic_from_grams, hsic_from_parts
+from layerlens.analysis.hsic import HSIC, hsic_from_features, hsic_from_grams, hsic_from_parts
 from layerlens.analysis.kernels import BURDEN, CONSTANT, h_centre, rbf, rbf_from_gram, u_centre, u_centre_
 from layerlens.analysis.resampling import cka_error, cka_of
 from layerlens.analysis.results import Array, Flags, SampleInfluence, SimilarityMatrix
@@ -257,14 +257,17 @@ def plan_whole_set(
     """
     n, count, total = samples, len(widths), sum(widths)
     kept = n * count * (count + 2) * 8 + _SPARE
+    spare = 3 if kernel == "linear" else 10  # distances, their copies and the indices of pairs
     tiles = [n]
     while tiles[-1] > _LEAST_TILE and not whole:
         tiles.append(max(_LEAST_TILE, -(-tiles[-1] // 2)))
+    few = min(n, _FEW) * max(widths) * 8 + count * min(n, _FEW) ** 2 * 16
+    row = 16 * max(widths) if on_disk else 0  # of two tiles' rows, read and centred
     passes = {True: 1, False: 1 if kernel == "linear" else 4}
     plans = [
         Plan(
             "grams", t,
-            kept + (count + 3) * t * t * 8 + (2 * t * max(widths) * 4 * 2 if on_disk else 0),
+            kept + (count + spare) * t * t * 8 + (few if t < n else 0) + t * row,
             passes[t == n] * n * n * total * (1.0 if t == n else 1.2) + 4.0 * n * n * count**2,
         )
         for t in tiles
@@ -398,15 +401,15 @@ def _by_tiles(store: RowStore, tile: int, factor: float | None, counts: Tensor |
     u = diagonals / (n - 2) - diagonals.sum(0) / (2 * (n - 1) * (n - 2))
     parts = norms.new_zeros(n, count, count)
     for rows, columns in kernel.places:
-        stack = torch.stack([kernel.tile(i, rows, columns) for i in range(count)])
-        stack += u[rows].T[:, :, None] + u[columns].T[:, None, :]
+        stack = norms.new_empty(count, rows.stop - rows.start, columns.stop - columns.start)
+        for i, place in enumerate(stack):
+            place.copy_(kernel.tile(i, rows, columns)).add_(u[rows, i, None]).add_(u[columns, i])
         if rows == columns:
             stack.diagonal(dim1=1, dim2=2).zero_()
         parts[rows] += _row_sums(stack)
         if rows != columns:
             parts[columns] += _row_sums(stack.transpose(1, 2))
-    few = few_grams(store.pieces(tile), n) if factor is None else kernel.few()
-    hsic = hsic_from_parts(parts.sum(0), parts, few, counts=counts, each=True)
+    hsic = hsic_from_parts(parts.sum(0), parts, kernel.few(), counts=counts, each=True)
     return _assemble(store, hsic, diagonals, **linear)
 
 
@@ -448,9 +451,13 @@ class _TiledKernel:
         index = torch.arange(0, n, -(-n // _FEW))
         found = []
         for i, width in enumerate(self.widths):
-            rows = torch.cat([self.store.centred(i, int(k), int(k) + 1) for k in index]).double()
-            norms = rows.square().sum(1)
-            found.append(u_centre_(rbf(_distances(rows @ rows.T, norms, norms), width)))
+            kind = torch.float64 if self.factor is not None else self.store.dtype(i)
+            rows = torch.empty(len(index), self.store.widths[i], dtype=kind, device=self.store.device(i))
+            for place, k in zip(rows, index.tolist(), strict=True):
+                place.copy_(self.store.centred(i, k, k + 1)[0])
+            gram = (rows @ rows.T).double()
+            norms = gram.diagonal()
+            found.append(u_centre_(gram if self.factor is None else rbf(_distances(gram, norms, norms), width)))
         return torch.stack(found)
 
     def _raw(self, position: int, rows: slice, columns: slice) -> Tensor:

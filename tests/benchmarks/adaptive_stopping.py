@@ -1,6 +1,6 @@
 """How many images a similarity matrix, and the advice, really need: `python tests/benchmarks/adaptive_stopping.py`.
 
-The pre-trained CIFAR-10 ResNets under shared/data, all blocks, test images in batches of 100 in five random orders.
+The pre-trained CIFAR-10 ResNets under shared/data, all blocks, test images in batches of 100 in three random orders.
 `tolerance` stops once every 95 % interval reaches at most that far; `settle` once every edge of the recommended
 regions recurs in 95 % of the resampled matrices, against the untrained twin on 1,000 images.
 """
@@ -19,7 +19,7 @@ from layerlens.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_stopping.json"
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-DEPTHS, ORDERS, BATCH, MOST = (20, 32, 56), 5, 100, 5000
+DEPTHS, ORDERS, BATCH, MOST = (20, 32, 56), 3, 100, 3000
 
 
 def test_images(folder: str) -> ll.Dataset:
