@@ -194,6 +194,8 @@ def test_second_order_part_of_many_samples_is_estimated_from_some():
     assert float(features.covariance[1, 0, 0, 1]) == pytest.approx(second, rel=0.5)
     assert float(grams.covariance[1, 0, 0, 1]) != pytest.approx(second, rel=1e-6)  # it is an estimate
     torch.testing.assert_close(features.covariance[0, 0], grams.covariance[0, 0], rtol=1e-3, atol=0)
+    for piece in (100, 250, 1100):
+        assert_same(found("features", layers, piece), features, 1e-6)  # the same samples, whatever the pieces
 
 
 def simulated(n, draws, make, seed, counts=None):

@@ -85,8 +85,12 @@ def test_rows_are_centred_over_all_samples_whichever_way_they_are_read(batch, me
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1e4])
 def test_centring_leaves_a_mean_below_a_millionth_of_the_spread(mean, memory_mib, store_of):
     store = store_of([mean + draw(500, 40)], memory_mib, batch=64)
-    found = {"rows": store.centred(0), "columns": columns_of(store, 0, 0, 500), "part": store.centred(0, 0, 250)}
-    found["part"] = torch.cat([found["part"], store.centred(0, 250, 500)])
+    found = {
+        "columns, before the mean was taken": columns_of(store, 0, 0, 500),
+        "columns, after it": columns_of(store, 0, 0, 500),
+        "rows": store.centred(0),
+        "parts": torch.cat([store.centred(0, 0, 250), store.centred(0, 250, 500)]),
+    }
     for way, x in found.items():
         x = x.double()
         assert float((x.mean(0).abs() / x.std(0)).max()) < 1e-6, way
@@ -113,6 +117,15 @@ def test_mean_follows_rows_that_are_added_after_it_was_taken(store_of):
         torch.testing.assert_close(first, x[:20] - x[:20].mean(0), atol=1e-5, rtol=0)
         store.append(0, x[20:])
         torch.testing.assert_close(store.centred(0), x - x.mean(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("memory_mib", [NOTHING, PLENTY])
+def test_rows_may_be_read_between_batches(memory_mib, store_of):
+    x = draw(40, 5)
+    store = store_of([x[:20]], memory_mib)
+    assert torch.equal(store.read(0, 3, 5), x[3:5])
+    store.append(0, x[20:])
+    assert torch.equal(store.read(0), x)
 
 
 def test_rows_stay_in_memory_within_the_bound_and_all_go_to_disk_beyond_it(store_of):
