@@ -579,10 +579,10 @@ before = peak()
 state = StreamingCKA([str(i) for i in range(count)])
 for _ in range(2):
     if together:
-        state.update(list(activations.normal_(generator=draw)))
+        state.update(list(activations))
         continue
     for position in range(count):
-        state.take(position, activations.normal_(generator=draw)[0])
+        state.take(position, activations[0])
     state.end_batch()
 state.compute()
 print(peak() - before)
