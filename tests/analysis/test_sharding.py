@@ -62,7 +62,11 @@ CASES = {
     "two models, procrustes": {"other": network(7), "other_layers": "0,2", "measure": "procrustes"},
     "projection": {"projection": 16, "reduce": "flatten"},
 }
-MAPS = {"positions": {"reduce": "positions"}, "positions, svcca": {"reduce": "positions", "measure": "svcca"}}
+MAPS = {
+    "positions": {"reduce": "positions"},
+    "positions, debiased": {"reduce": "positions", "measure": "cka,estimator=debiased"},
+    "positions, svcca": {"reduce": "positions", "measure": "svcca"},
+}
 
 
 def matrix(name, batches, **more):
