@@ -26,7 +26,7 @@ def workplace(tmp_path_factory):
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert first.returncode == 130, err
     assert out == ""
     assert "the same command goes on where it stopped" in err
@@ -82,7 +82,7 @@ def test_notebook_runs(path, workplace, monkeypatch):
         "import nbformat, sys\nfrom nbclient import NotebookClient\n"
         "book = nbformat.read(sys.argv[1], as_version=4)\n"
         "place = {'metadata': {'path': sys.argv[2]}}\n"
-        "NotebookClient(book, timeout=600, kernel_name='python3', resources=place).execute()\n"
+        "NotebookClient(book, timeout=3000, kernel_name='python3', resources=place).execute()\n"
         "print(sum(bool(c.get('outputs')) for c in book.cells))\n"
     )
     done = subprocess.run(

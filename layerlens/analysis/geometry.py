@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch  # noqa: F401  (the doctests use it)
 from torch import Tensor
 
 from layerlens.errors import ConfigError, DegenerateError, NonFiniteError, ShapeError

