@@ -96,6 +96,10 @@ def similarity_matrix(
     found, options = parse_measure(measure, over=("pairs",))
     reduction, fold = make_reduction(reduce), Projection(projection, seed) if projection else None
     _check_settings(found.name, options, tolerance=tolerance, settle=settle, sharded=sharded, labels=labels)
+    if permutations and reduction.kind == "positions":
+        raise ConfigError(
+            "positions as samples allow the linear kernel only, and no permutations: those of one sample belong together"
+        )
     looks = [Look(model, layers, forward, "" if other is None else f"{labels[0]}:")]
     if other is not None:
         looks.append(Look(other, other_layers, other_forward, f"{labels[1]}:"))
@@ -350,5 +354,7 @@ def _cautions(matrix: SimilarityMatrix, fold: Projection | None) -> list[Caution
         known = matrix.participation[np.isfinite(matrix.participation)]
         bound = fold.error_bound(float(known.max()) if len(known) else float(matrix.samples))
         text = f"wide layers were folded to {fold.width} numbers: an entry is off by up to {bound:.1%} of itself (rms)"
+        if matrix.measure != "cka":
+            text = f"wide layers were folded to {fold.width} numbers: entries are approximate"
         made.append(Caution(code="LL012", text=text))
     return made
