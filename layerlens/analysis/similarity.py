@@ -98,7 +98,7 @@ def similarity_matrix(
     _check_settings(found.name, options, tolerance=tolerance, settle=settle, sharded=sharded, labels=labels)
     if permutations and reduction.kind == "positions":
         raise ConfigError(
-            "positions as samples allow the linear kernel only, and no permutations: those of one sample belong together"
+            "positions as samples allow the linear kernel only, and no permutations: they belong together by sample"
         )
     looks = [Look(model, layers, forward, "" if other is None else f"{labels[0]}:")]
     if other is not None:
