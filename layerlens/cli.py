@@ -623,9 +623,9 @@ def _measure(
     from layerlens.analysis.results import SimilarityMatrix
     from layerlens.data import load_data
     from layerlens.devices import pick_device
+    from layerlens.files import write_json
     from layerlens.pipeline import Settings, influence_of_samples, measure_network
     from layerlens.recommendation import settled
-    from layerlens.training.checkpoint import write_json
     from layerlens.training.network import load_network
 
     if not model and not checkpoint:
@@ -751,7 +751,7 @@ def _facts(settings: Any, dataset: Any, **more: Any) -> dict[str, Any]:
 def _claim(path: Path, facts: dict[str, Any]) -> None:
     """See that a file holds no result of something else."""
     from layerlens.errors import RunFolderError
-    from layerlens.training.checkpoint import read_json
+    from layerlens.files import read_json
 
     kept = (read_json(path).get("facts") if path.exists() else None) or {}
     for key in ("measured", "sha256", "data", "settings") if kept else ():

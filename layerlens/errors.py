@@ -57,6 +57,18 @@ class RunFolderError(LayerlensError, ValueError):
     """An output folder that can't be written, or that holds another run."""
 
 
+class FolderInUseError(RunFolderError):
+    """A run folder in which another process is working."""
+
+
+class DiskFullError(RunFolderError):
+    """No space left where a result is to be written; what was saved before is kept."""
+
+
+class WorkerError(LayerlensError, RuntimeError):
+    """A worker or a cluster that could not be started."""
+
+
 class DownloadError(LayerlensError, ValueError):
     """Weights or data that could not be fetched."""
 

@@ -14,7 +14,7 @@ from layerlens.analysis.measures import MEASURES
 from layerlens.analysis.regions import RegionSet
 from layerlens.analysis.results import CrossSimilarity, FilmStrip, Geometry, LayerProfile, Result, SimilarityMatrix
 from layerlens.errors import ShapeError
-from layerlens.training.checkpoint import write_atomically, write_json
+from layerlens.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -36,12 +36,13 @@ from layerlens.errors import ConfigError, DegenerateError, RunFolderError, check
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import PROTOCOLS, linear_probe, probe_accuracy
+from layerlens.files import read_json, write_json
 from layerlens.models import head_name
 from layerlens.provenance import provenance
 from layerlens.recommendation import Recommendation, recommend
 from layerlens.reduction import make_reduction
 from layerlens.specs import parse_spec
-from layerlens.training.checkpoint import fingerprint, read_json, write_json
+from layerlens.training.checkpoint import fingerprint
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, train
 from layerlens.training.network import load_network

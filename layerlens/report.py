@@ -12,8 +12,8 @@ from typing import Any
 from layerlens import figures
 from layerlens.analysis.results import SCHEMA
 from layerlens.errors import ShapeError
+from layerlens.files import write_atomically, write_json
 from layerlens.pipeline import RunAnalysis
-from layerlens.training.checkpoint import write_atomically, write_json
 
 
 def write_report(runs: Sequence[RunAnalysis], folder: str | Path) -> Path:

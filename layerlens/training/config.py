@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
 
@@ -278,7 +278,7 @@ def make_config(settings: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error, RunConfig)) from error
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -312,12 +312,25 @@ _KINDS = {
 }
 
 
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line in our manner."""
+def overlay(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others laid over them; tables are laid over tables.
+
+    >>> overlay({"epochs": 5, "augment": {"layer": "layer4"}}, {"augment": {"rate": 0.25}})
+    {'epochs': 5, 'augment': {'layer': 'layer4', 'rate': 0.25}}
+    """
+    made = {**settings}
+    for key, value in over.items():
+        below = made.get(key)
+        made[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return made
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first of pydantic's complaints about a model as one line in our manner."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner = TABLES.get(str(first["loc"][0]), RunConfig)
+        owner = _owner(kind, first["loc"][:-1])
         return f"unknown setting {where!r}; {closest(where.rpartition('.')[2], owner.model_fields)}"
     if first["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
@@ -327,3 +340,19 @@ def _explain(error: ValidationError) -> str:
     if not where:  # a rule over several fields, which names them itself
         return complaint
     return f"{where}={first['input']!r}: {complaint[0].lower() + complaint[1:]}"
+
+
+def _owner(kind: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that a place within a model belongs to."""
+    for part in path:
+        if part in kind.model_fields:
+            models = [a for a in _inside(kind.model_fields[str(part)].annotation) if isinstance(a, type)]
+            kind = next((a for a in models if issubclass(a, BaseModel)), kind)
+    return kind
+
+
+def _inside(annotation: Any) -> Iterator[Any]:
+    """An annotation and everything that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _inside(part)

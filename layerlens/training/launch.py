@@ -52,7 +52,7 @@ def launch(work: Callable[..., None], ranks: int, arguments: tuple[Any, ...], pr
     pipes = [mp.get_context("spawn").Pipe(duplex=False) for _ in range(ranks)]
     failures: list[LayerlensError] = []
     writers = [writer for _, writer in pipes]
-    with _interrupts_held():
+    with interrupts_held():
         context = spawn(_rank_main, (ranks, _free_port(), writers, work, arguments), nprocs=ranks, join=False)
     assert context is not None
     try:
@@ -96,7 +96,7 @@ def _listen(readers: list[Any], context: Any, failures: list[LayerlensError], pr
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Processes started inside the block ignore Ctrl-C, from their first moment on."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -115,7 +115,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     elastic = {"TORCHELASTIC_RUN_ID": "layerlens", "GROUP_RANK": 0}  # so that Fabric takes the processes as they are
     settings = {**place, **elastic, "RANK": rank, "LOCAL_RANK": rank}
@@ -143,7 +143,7 @@ def _rank_main(
     os._exit(0)  # the work is done; threads of the process group can abort an interpreter that takes its leave slowly
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """However the parent ends: its ranks must not go on in a folder that it no longer holds."""
     from multiprocessing import parent_process
 

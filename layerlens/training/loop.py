@@ -22,8 +22,9 @@ from layerlens.data import Batches, Dataset, load_data, to_unit
 from layerlens.devices import pick_device
 from layerlens.errors import ConfigError, DeviceMemoryError, NonFiniteError, RunFolderError
 from layerlens.evaluation.knn import knn_accuracy
+from layerlens.files import write_atomically, write_json
 from layerlens.provenance import provenance
-from layerlens.training.checkpoint import fingerprint, save_checkpoint, write_atomically, write_json
+from layerlens.training.checkpoint import fingerprint, save_checkpoint
 from layerlens.training.config import RunConfig, ViewsConfig
 from layerlens.training.lars import LARS
 from layerlens.training.launch import launch, launched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerlens.errors import RunFolderError
-from layerlens.training.checkpoint import read_json, write_atomically, write_json
+from layerlens.errors import DiskFullError, FolderInUseError, RunFolderError
+from layerlens.files import read_json, write_atomically, write_json
 from layerlens.training.config import SCHEMA, RunConfig
 
 
@@ -95,7 +96,7 @@ def locked(folder: Path) -> Iterator[None]:
             stream = stack.enter_context((folder / ".lock").open("w"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunFolderError(
+            raise FolderInUseError(
                 f"another process is training in {str(folder)!r}; wait for it or choose another --out"
             ) from error
         except OSError as error:
@@ -190,7 +191,8 @@ def _append(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise RunFolderError(
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else RunFolderError
+        raise kind(
             f"can't write {str(path)!r}: {error.strerror or error}; what was saved before is kept, and the same "
             "command goes on from there"
         ) from error

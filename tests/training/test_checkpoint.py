@@ -15,15 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerlens.errors import CheckpointError, RunFolderError
+from layerlens.files import read_json, write_atomically, write_json
 from layerlens.training import checkpoint as module
 from layerlens.training.checkpoint import (
     fingerprint,
     load_into,
     load_state,
-    read_json,
     save_checkpoint,
-    write_atomically,
-    write_json,
 )
 
 

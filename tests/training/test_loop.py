@@ -26,8 +26,9 @@ from layerlens.errors import (
     RunFolderError,
     UnknownLayerError,
 )
+from layerlens.files import read_json
 from layerlens.training import loop, methods
-from layerlens.training.checkpoint import fingerprint, load_state, read_json
+from layerlens.training.checkpoint import fingerprint, load_state
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, RunResult, train
 from layerlens.training.network import build_network, load_network

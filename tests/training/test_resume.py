@@ -21,8 +21,9 @@ import torch
 
 from layerlens.data import Dataset, dataset_from_arrays
 from layerlens.errors import ConfigError, DeviceMemoryError, NonFiniteError
+from layerlens.files import read_json
 from layerlens.training import loop, methods
-from layerlens.training.checkpoint import load_state, read_json
+from layerlens.training.checkpoint import load_state
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, train
 

@@ -16,8 +16,9 @@ import torch
 from test_resume import RICH, SETTINGS, assert_alike, kept, run, same
 
 from layerlens.errors import RunFolderError
+from layerlens.files import write_atomically
 from layerlens.training import checkpoint, loop, run_folder
-from layerlens.training.checkpoint import load_state, save_checkpoint, write_atomically
+from layerlens.training.checkpoint import load_state, save_checkpoint
 from layerlens.training.loop import Progress
 from layerlens.training.run_folder import Log, read_metrics, read_ratios
 

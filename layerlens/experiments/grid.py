@@ -1,0 +1,216 @@
+"""A study becomes a list of runs, each with the key that names its folder wherever it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from layerlens.data import Dataset, load_data
+from layerlens.errors import ConfigError, LayerlensError
+from layerlens.experiments.study import WORDS, Arm, Axes, Measure, Study, axis_name
+from layerlens.layers import INPUT, discover
+from layerlens.training.config import RunConfig, make_config, overlay
+from layerlens.training.loop import resolve
+from layerlens.training.network import adalase_layers, build_network
+
+Load = Callable[[str], Dataset]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One thing that is measured at each kept checkpoint of a run.
+
+    Attributes:
+        kind: `scores` or `cka`.
+        data: Specification of the data; None for the run's own.
+        file: Where it is kept, within the run's folder; the name changes with the settings and with the data.
+    """
+
+    kind: str
+    data: str | None
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a study.
+
+    Attributes:
+        key: Sixteen hexadecimal digits that name its folder: the hash of the configuration, with the contents of its
+            data, and of the run that it starts from.
+        arm: Whose it is; the name of a start for a run that arms start from.
+        baseline: Whether the others are compared with it.
+        start: Key of the run from whose last checkpoint it starts.
+        values: Short name of each axis -> value.
+        seed: Of the run.
+        config: What `train` gets; `init` is filled in when the run starts.
+        measured: What is measured afterwards.
+    """
+
+    key: str
+    arm: str
+    baseline: bool
+    start: str | None
+    values: dict[str, Any]
+    seed: int
+    config: RunConfig
+    measured: tuple[Measured, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every run of a study; two rows with the same key are one run, done once.
+
+    Attributes:
+        study: What was planned.
+        runs: Starts first, then arm by arm.
+    """
+
+    study: Study
+    runs: tuple[PlannedRun, ...]
+    datasets: dict[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def distinct(self) -> dict[str, PlannedRun]:
+        """One row of each key, with everything that any of its rows wants measured."""
+        found: dict[str, PlannedRun] = {}
+        for run in self.runs:
+            known = found.get(run.key)
+            if known is not None and set(run.measured) - set(known.measured):
+                found[run.key] = replace(known, measured=tuple(dict.fromkeys((*known.measured, *run.measured))))
+            elif known is None:
+                found[run.key] = run
+        return found
+
+
+def make_plan(study: Study, *, load: Load | None = None) -> Plan:
+    """Expand a study into its runs.
+
+    Args:
+        study: At the scale that is meant.
+        load: How to load data; `load_data` by default.
+
+    Raises:
+        ConfigError: A combination that `RunConfig` refuses, or no run at all; it names the arm and the values.
+        DataError: Data are missing.
+    """
+    planner = _Planner(study, load or load_data)
+    runs = (*planner.starts(), *(run for arm in study.arms for run in planner.arm(arm)))
+    return Plan(study=study, runs=runs, datasets=planner.datasets)
+
+
+class _Planner:
+    def __init__(self, study: Study, load: Load) -> None:
+        self.study, self.load = study, load
+        self.datasets: dict[str, Dataset] = {}
+        self.layers: dict[tuple[str, str, str, str], list[str]] = {}
+        self.started: dict[tuple[str, int, str], str] = {}  # (start, seed, shared values) -> key
+
+    def starts(self) -> Iterator[PlannedRun]:
+        """The runs that arms start from, for each seed and each value of the shared axes."""
+        used = {arm.start for arm in self.study.arms}
+        for name, settings in self.study.starts.items():
+            if name not in used:
+                continue
+            base = overlay(self.study.base, settings)
+            for shared, seed in product(self._values(base, self.study.axes, name), self.study.seed_list):
+                run = self._run(name, base, shared, seed)
+                self.started[name, seed, _text(shared)] = run.key
+                yield run
+
+    def arm(self, arm: Arm) -> Iterator[PlannedRun]:
+        """The runs of one arm."""
+        base = overlay(self.study.base, arm.settings)
+        for shared in self._values(base, self.study.axes, arm.name):
+            for own in self._values(_at(base, shared), arm.axes, arm.name):
+                for seed in self.study.seed_list:
+                    start = self.started[arm.start, seed, _text(shared)] if arm.start else None
+                    yield self._run(arm.name, base, {**shared, **own}, seed, start=start, arm=arm)
+
+    def _run(
+        self, name: str, base: dict[str, Any], values: dict[str, Any], seed: int, start: str | None = None,
+        arm: Arm | None = None,
+    ) -> PlannedRun:  # fmt: skip
+        try:
+            config = make_config({**_at(base, values), "seed": seed})
+            resolved = resolve(config, self._dataset(config.data))
+        except LayerlensError as error:
+            raise type(error)(f"{self.study.name}, {_label(name, values)}: {error}") from error
+        identity = resolved.identity()
+        return PlannedRun(
+            key=identity if start is None else hashlib.sha256(f"{identity} from {start}".encode()).hexdigest()[:16],
+            arm=name, baseline=bool(arm and arm.baseline), start=start,
+            values={axis_name(axis): value for axis, value in values.items()}, seed=seed, config=resolved,
+            measured=tuple(self._measured(resolved, arm.transfer if arm else ())),
+        )  # fmt: skip
+
+    def _measured(self, config: RunConfig, transfer: Iterable[str]) -> Iterator[Measured]:
+        measure = self.study.measure
+        if measure.cka:
+            yield _measured("cka", None, str(config.data_sha256), measure)
+        if measure.scores:
+            yield _measured("scores", None, str(config.data_sha256), measure)
+        for data in transfer:
+            yield _measured("scores", data, self._dataset(data).fingerprint(), measure)
+
+    def _values(self, base: dict[str, Any], axes: Axes, arm: str) -> Iterator[dict[str, Any]]:
+        """Every combination of the axes' values."""
+        lists = []
+        for axis, values in axes.items():
+            lists.append(self._layers(base, axis, values, arm) if isinstance(values, str) else values)
+        for combination in product(*lists):
+            yield dict(zip(axes, combination, strict=True))
+
+    def _layers(self, base: dict[str, Any], axis: str, words: str, arm: str) -> list[str]:
+        """The layers that words such as `each layer` mean in the network of an arm."""
+        with_input, with_last = WORDS[words]
+        trial = overlay(base, {axis.partition(".")[0]: {}})
+        config = make_config({k: v for k, v in trial.items() if k not in ("augment", "freeze")})
+        sought = (config.model, config.data, config.objective, "adalase" if axis == "adalase.layers" else "default")
+        if sought not in self.layers:
+            dataset = self._dataset(config.data)
+            network, example = build_network(config, dataset), torch.zeros(2, *dataset.input_shape)
+            if axis == "adalase.layers":
+                self.layers[sought] = adalase_layers(config, network, example)
+            else:
+                self.layers[sought] = [f.name for f in discover(network, example) if f.index is not None]
+        names = self.layers[sought]
+        chosen = [name for name in names if (with_input or name != INPUT) and (with_last or name != names[-1])]
+        if not chosen:
+            raise ConfigError(f"{self.study.name}, {arm}: {words!r} of {config.model!r} are none; name the layers")
+        return chosen
+
+    def _dataset(self, spec: str) -> Dataset:
+        if spec not in self.datasets:
+            self.datasets[spec] = self.load(spec)
+        return self.datasets[spec]
+
+
+def _at(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with each axis at its value."""
+    made = base
+    for axis, value in values.items():
+        table, _, name = axis.rpartition(".")
+        made = overlay(made, {table: {name: value}} if table else {name: value})
+    return made
+
+
+def _measured(kind: str, data: str | None, data_sha256: str, measure: Measure) -> Measured:
+    names = {"scores": ("k", "protocol", "samples"), "cka": ("samples", "batch_size")}[kind]
+    settings = {name: getattr(measure, name) for name in names}
+    digest = hashlib.sha256(json.dumps([kind, data_sha256, settings], sort_keys=True).encode()).hexdigest()
+    return Measured(kind=kind, data=data, file=f"analysis/study-{kind}-{digest[:12]}.json")
+
+
+def _label(arm: str, values: dict[str, Any]) -> str:
+    return ", ".join([arm, *(f"{axis_name(axis)}={value!r}" for axis, value in values.items())])
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)

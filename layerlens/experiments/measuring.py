@@ -1,0 +1,43 @@
+"""What is measured at every kept checkpoint of a run, and kept beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layerlens.data import Dataset
+from layerlens.devices import pick_device
+from layerlens.files import write_json
+from layerlens.pipeline import Settings, film_strip
+from layerlens.training.run_folder import locked
+from layerlens.trajectory import evaluate_run
+
+
+def measure_run(
+    folder: Path, kind: str, file: str, *, dataset: Dataset, measure: dict[str, Any], device: str = "auto"
+) -> None:
+    """Measure each kept checkpoint of a finished run, unless that was done, and write it atomically.
+
+    Args:
+        folder: The run.
+        kind: `scores` (k-NN, probe, alignment, uniformity) or `cka` (similarity of all layers).
+        file: Where to, within the folder.
+        dataset: The run's own data, or others to score on.
+        measure: Fields of `study.Measure`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        FolderInUseError: Another process measures it.
+    """
+    with locked(folder):
+        if (folder / file).exists():
+            return
+        settings = Settings(samples=measure["samples"], batch_size=min(measure["batch_size"], measure["samples"]))
+        where = pick_device(device)
+        if kind == "cka":
+            found: Any = film_strip(folder, dataset=dataset, settings=settings, device=where)
+        else:
+            found = evaluate_run(
+                folder, dataset=dataset, k=measure["k"], protocol=measure["protocol"], settings=settings, device=where
+            )
+        write_json(folder / file, found.to_dict())

@@ -1,0 +1,215 @@
+"""Runs whatever of a study is missing, on any engine: in order, with retries, beside others, past failures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layerlens.errors import DiskFullError, require
+from layerlens.experiments.engines import Engine
+from layerlens.experiments.grid import Plan, PlannedRun
+from layerlens.experiments.job import BUSY, DIED, DONE, FULL, LATE, REFUSED, Ended, Job
+from layerlens.experiments.store import SCHEMA, Store
+
+LOOK_AGAIN_S = 2.0  # at a run that another process works on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a study's runs.
+
+    Attributes:
+        done: Keys of all finished runs.
+        fresh: Of those, the ones that this call finished.
+        failed: Key -> the last error, of those that were given up or whose start was.
+    """
+
+    done: tuple[str, ...]
+    fresh: tuple[str, ...]
+    failed: dict[str, str]
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    engine: Engine,
+    *,
+    retries: int = 2,
+    limit_s: float = 0.0,
+    device: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Do what is missing of a plan; what is finished is never done again, what failed before is tried anew.
+
+    Args:
+        plan: From `make_plan`.
+        store: Where the runs lie; other processes may work on the same ones at the same time.
+        engine: Who does the work. It is closed at the end, whatever happens.
+        retries: Attempts after the first that may fail without a further finished epoch, before a run is given up.
+        limit_s: Seconds that one attempt may take; 0 for no limit.
+        device: `auto`, `cpu` or `cuda`.
+        progress: Called with the runs done, all of them, and a line about the last one.
+        say: Takes what a user should know.
+
+    Raises:
+        DiskFullError: No space left; everything finished is kept.
+    """
+    require(retries >= 0, "retries", retries, "0 or more")
+    require(limit_s >= 0, "limit_s", limit_s, "0 (none) or more")
+    store.write_plan(plan.study.name, manifest(plan))
+    return _Runner(plan, store, engine, retries, limit_s, device, progress, say or _silent).run()
+
+
+def manifest(plan: Plan) -> dict[str, Any]:
+    """What a store keeps of a plan: enough for `status` and for tables, without configurations."""
+    runs = [
+        {
+            "key": run.key, "arm": run.arm, "baseline": run.baseline, "start": run.start, "values": run.values,
+            "seed": run.seed, "epochs": run.config.epochs, "files": [m.file for m in run.measured],
+            "measured": [[m.kind, m.data, m.file] for m in run.measured],
+        }
+        for run in plan.runs
+    ]  # fmt: skip
+    return {"schema": SCHEMA, "study": plan.study.model_dump(mode="json"), "runs": runs}
+
+
+class _Runner:
+    """The runs that are left, those at work, and what became of the others."""
+
+    def __init__(
+        self, plan: Plan, store: Store, engine: Engine, retries: int, limit_s: float, device: str,
+        progress: Callable[[int, int, str], None] | None, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.plan, self.store, self.engine = plan, store, engine
+        self.retries, self.limit_s, self.device, self.progress, self.say = retries, limit_s, device, progress, say
+        self.runs = plan.distinct
+        self.waiting: dict[str, float] = {}  # key -> when to look at it
+        self.working: set[str] = set()
+        self.done: dict[str, bool] = {}  # key -> whether this call did it
+        self.failed: dict[str, str] = {}
+        self.spent: dict[str, int] = {}  # attempts without a further epoch
+        self.epochs: dict[str, int] = {}
+
+    def run(self) -> Outcome:
+        try:
+            for key, run in self.runs.items():
+                self.store.set_damage_aside(key, self.say)
+                if self._is_done(run):
+                    self._finish(key, fresh=False)
+                else:
+                    self.waiting[key] = 0.0
+                    self.epochs[key] = self.store.epochs_done(key)
+            while self.waiting or self.working:
+                self._start_what_can()
+                for ended in self.engine.wait(self._patience()):
+                    self._take(ended)
+        finally:
+            self.engine.close()
+        fresh = tuple(key for key, mine in self.done.items() if mine)
+        return Outcome(done=tuple(self.done), fresh=fresh, failed=self.failed)
+
+    def _is_done(self, run: PlannedRun) -> bool:
+        return self.store.is_done(run.key, tuple(m.file for m in run.measured))
+
+    def _start_what_can(self) -> None:
+        for key, when in list(self.waiting.items()):
+            run = self.runs[key]
+            if run.start in self.failed:
+                self._give_up(key, f"the run that it starts from, {run.start}, failed")
+            elif (
+                (run.start is not None and run.start not in self.done)
+                or when > time.monotonic()
+                or self.engine.free < 1
+            ):
+                continue
+            elif self._is_done(run):  # by another process, since the last look
+                del self.waiting[key]
+                self._finish(key, fresh=False)
+            elif self.store.is_running(key):
+                self.waiting[key] = time.monotonic() + LOOK_AGAIN_S
+            else:
+                del self.waiting[key]
+                self.working.add(key)
+                self.engine.start(self._job(run))
+
+    def _patience(self) -> float:
+        """Seconds to wait for the next end: long while there is nothing else to look at."""
+        if not self.working:
+            time.sleep(0.2)
+            return 0.0
+        return LOOK_AGAIN_S
+
+    def _job(self, run: PlannedRun) -> Job:
+        folder = self.store.run_folder(run.key).absolute()
+        return Job(
+            key=run.key, folder=str(folder), log=str(self.store.log(run.key).absolute()),
+            settings=run.config.model_dump(mode="json"),
+            start=None if run.start is None else str(self.store.run_folder(run.start).absolute()),
+            measured=tuple((m.kind, m.data, m.file) for m in run.measured),
+            measure=self.plan.study.measure.model_dump(mode="json"), device=self.device, limit_s=self.limit_s,
+        )  # fmt: skip
+
+    def _take(self, ended: Ended) -> None:
+        key = ended.key
+        self.working.discard(key)
+        if ended.kind == BUSY:
+            self.waiting[key] = time.monotonic() + LOOK_AGAIN_S
+        elif ended.kind == FULL:
+            raise DiskFullError(ended.error)
+        elif self._is_done(self.runs[key]):  # also one that died after its last word
+            self._finish(key, fresh=True)
+        elif ended.kind == DONE:
+            self._fail(
+                replace(ended, kind=DIED, error="the worker says that it is done, but its results are not there")
+            )
+        else:
+            self._fail(ended)
+
+    def _fail(self, ended: Ended) -> None:
+        key, epochs = ended.key, self.store.epochs_done(ended.key)
+        if ended.kind == DIED and self._hung(key):
+            ended = replace(ended, kind=LATE, error=f"took longer than {self.limit_s:g} s; its log says where it was")
+        further = epochs > self.epochs.get(key, 0)
+        self.epochs[key] = epochs
+        self.spent[key] = 0 if further else self.spent.get(key, 0) + 1
+        final = ended.kind == REFUSED or self.spent[key] > self.retries
+        self.store.add_failure(key, ended.kind, ended.error, given_up=final)
+        what = f"{self._label(key)}: {ended.kind}: {ended.error}"
+        if final:
+            self.say(f"{what}; given up, the study goes on without it (log: {str(self.store.log(key))!r})")
+            self._close(key, ended.error)
+        else:
+            self.say(f"{what}; it goes on from epoch {epochs}")
+            self.waiting[key] = 0.0
+
+    def _hung(self, key: str) -> bool:
+        return bool(self.limit_s) and any(line.startswith("Timeout (") for line in self.store.last_lines(key, 200))
+
+    def _give_up(self, key: str, error: str) -> None:
+        del self.waiting[key]
+        self.store.add_failure(key, REFUSED, error, given_up=True)
+        self._close(key, error)
+
+    def _close(self, key: str, error: str) -> None:
+        self.failed[key] = error
+        self._tell(f"failed {self._label(key)}")
+
+    def _finish(self, key: str, *, fresh: bool) -> None:
+        self.done[key] = fresh
+        self._tell(self._label(key))
+
+    def _label(self, key: str) -> str:
+        run = self.runs[key]
+        values = "".join(f" {name}={value}" for name, value in run.values.items())
+        return f"{run.arm}{values} seed={run.seed}"
+
+    def _tell(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress(len(self.done) + len(self.failed), len(self.runs), line)
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""

@@ -1,0 +1,231 @@
+"""Where the runs of all studies lie: one folder per run, named by its key; what is finished is never done again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from layerlens.errors import RunFolderError, UnknownNameError, closest
+from layerlens.files import read_json, write_json
+
+SCHEMA = 1
+STATES = ("done", "running", "failed", "missing")
+LOG_LINES = 20
+NO_FAILURES: dict[str, Any] = {"attempts": [], "given_up": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run as `status` sees it.
+
+    Attributes:
+        key: Its folder's name.
+        arm: Whose it is.
+        values: Of the axes, and the seed.
+        state: done, running, failed (given up) or missing.
+        epochs: Finished ones.
+        of: All of them.
+        wall_s: Seconds of training, of a finished run.
+        problem: What went wrong last.
+    """
+
+    key: str
+    arm: str
+    values: dict[str, Any]
+    state: str
+    epochs: int
+    of: int
+    wall_s: float | None
+    problem: str | None
+
+
+class Store:
+    """A folder of runs.
+
+    It holds `runs/KEY/` (what `train` writes, and what was measured afterwards), `logs/KEY.txt`, `failures/KEY.json`
+    and `studies/NAME/`. Run folders may be copied from one store into another. Nothing here imports torch, so that
+    `layerlens study status` answers at once.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        RunFolderError: A newer layerlens wrote it, it holds other things, or it can't be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        about = self.folder / "store.json"
+        if about.exists():
+            schema = read_json(about).get("schema")
+            if not isinstance(schema, int) or schema > SCHEMA:
+                raise RunFolderError(
+                    f"{str(folder)!r} was written by a newer layerlens (store schema {schema!r}, this one knows "
+                    f"{SCHEMA}); update layerlens, or choose another --store"
+                )
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(p.name[0] != "." for p in self.folder.iterdir())):
+            raise RunFolderError(f"{str(folder)!r} exists and is no store; choose a new or empty one with --store")
+        write_json(about, {"schema": SCHEMA})
+
+    # --- runs ---
+
+    def run_folder(self, key: str) -> Path:
+        """Where a run lies, or will."""
+        return self.folder / "runs" / key
+
+    def log(self, key: str) -> Path:
+        """What a run and its workers said."""
+        return self.folder / "logs" / f"{key}.txt"
+
+    def is_done(self, key: str, files: tuple[str, ...] = ()) -> bool:
+        """Whether a run is finished and everything asked for is measured."""
+        folder = self.run_folder(key)
+        return self._result(key) is not None and all((folder / name).exists() for name in files)
+
+    def is_running(self, key: str) -> bool:
+        """Whether some process works in a run's folder now."""
+        try:
+            with (self.run_folder(key) / ".lock").open("r+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:  # a copied store may be read-only
+            return False
+        return False
+
+    def epochs_done(self, key: str) -> int:
+        """Epochs that an unfinished run has behind it."""
+        with suppress(OSError):
+            return (self.run_folder(key) / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def set_damage_aside(self, key: str, say: Callable[[str], None]) -> None:
+        """Move a result that can't be read out of the way, so that the run is done again from its last checkpoint."""
+        path = self.run_folder(key) / "result.json"
+        if path.exists() and self._result(key) is None:
+            aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"result.json.damaged-{n}")).exists())
+            os.replace(path, aside)
+            say(f"{str(path)!r} was damaged; it is {aside.name!r} now and the run is done again")
+            self._set_measures_aside(key)
+
+    def _set_measures_aside(self, key: str) -> None:
+        """What was measured before a result was damaged is measured again."""
+        for path in (self.run_folder(key) / "analysis").glob("study-*.json"):
+            path.unlink()
+
+    def _result(self, key: str) -> dict[str, Any] | None:
+        """What a finished run says; None for one that is unfinished or damaged."""
+        try:
+            content = json.loads((self.run_folder(key) / "result.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        fine = isinstance(content, dict) and isinstance(content.get("wall_s"), int | float) and "checkpoints" in content
+        return content if fine else None
+
+    # --- what went wrong ---
+
+    def failures(self, key: str) -> dict[str, Any]:
+        """The attempts at a run that failed, and whether it was given up."""
+        path = self.folder / "failures" / f"{key}.json"
+        if not path.exists():
+            return NO_FAILURES
+        try:
+            return read_json(path)
+        except RunFolderError:  # a history is no result: a damaged one starts anew
+            return NO_FAILURES
+
+    def add_failure(self, key: str, kind: str, error: str, *, given_up: bool) -> None:
+        """Note a failed attempt with the last lines of its log."""
+        known = self.failures(key)
+        attempt = {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname(), "kind": kind,
+            "error": error, "log": self.last_lines(key),
+        }  # fmt: skip
+        content = {"attempts": [*known["attempts"], attempt][-50:], "given_up": given_up}
+        write_json(self.folder / "failures" / f"{key}.json", content)
+
+    def last_lines(self, key: str, count: int = LOG_LINES) -> list[str]:
+        """The end of a run's log."""
+        try:
+            return self.log(key).read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+        except OSError:
+            return []
+
+    # --- studies ---
+
+    def study_folder(self, name: str) -> Path:
+        """Where a study's plan, table and figures lie."""
+        return self.folder / "studies" / name
+
+    def studies(self) -> list[str]:
+        """Names of the studies that were begun here."""
+        return sorted(path.parent.name for path in self.folder.glob("studies/*/plan.json"))
+
+    def write_plan(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep what a study wants, for `status` and for its tables."""
+        write_json(self.study_folder(name) / "plan.json", {"schema": SCHEMA, **content})
+
+    def read_plan(self, name: str) -> dict[str, Any]:
+        """What a study wants.
+
+        Raises:
+            UnknownNameError: No such study was begun here.
+        """
+        path = self.study_folder(name) / "plan.json"
+        if not path.exists():
+            known = self.studies()
+            hint = closest(name, known) if known else "none was begun here"
+            raise UnknownNameError(f"no study {name!r} in {str(self.folder)!r}; {hint}")
+        return read_json(path)
+
+    def status(self, name: str) -> list[Row]:
+        """Each run of a study and how far it is."""
+        folder = self.folder / "failures"
+        failed = {path.stem for path in folder.glob("*.json")}
+        return [self._row(run, run["key"] in failed) for run in self.read_plan(name)["runs"]]
+
+    def _row(self, run: dict[str, Any], failed: bool) -> Row:
+        key, of = run["key"], run["epochs"]
+        result = self._result(key)
+        problems = self.failures(key) if failed else NO_FAILURES
+        problem = str(problems["attempts"][-1]["error"]) if problems["attempts"] else None
+        done = result is not None and all((self.run_folder(key) / file).exists() for file in run["files"])
+        if done:
+            assert result is not None
+            state, epochs = "done", of
+        else:
+            epochs = self.epochs_done(key) if result is None else of
+            state = "running" if self.is_running(key) else "failed" if problems["given_up"] else "missing"
+        return Row(
+            key=key, arm=run["arm"], values={**run["values"], "seed": run["seed"]}, state=state, epochs=epochs, of=of,
+            wall_s=result["wall_s"] if result else None, problem=None if done else problem,
+        )  # fmt: skip
+
+
+def time_left_s(rows: list[Row], workers: int | None = None) -> float | None:
+    """Seconds until a study is done: remaining epochs at the mean pace of its finished runs, shared among workers.
+
+    Args:
+        rows: From `Store.status`.
+        workers: At work; as many as are running now by default. None comes back where nothing is finished yet.
+    """
+    once = {row.key: row for row in rows}.values()
+    finished = [row for row in once if row.wall_s is not None]
+    epochs = sum(row.of for row in finished)
+    if not epochs:
+        return None
+    pace = sum(row.wall_s or 0.0 for row in finished) / epochs
+    left = sum(row.of - row.epochs for row in once if row.state in ("running", "missing"))
+    at_work = workers or max(sum(row.state == "running" for row in once), 1)
+    return pace * left / at_work
