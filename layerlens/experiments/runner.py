@@ -104,8 +104,10 @@ class _Runner:
                     self.epochs[key] = self.store.epochs_done(key)
             while self.waiting or self.working:
                 self._start_what_can()
-                for ended in self.engine.wait(self._patience()):
+                for ended in self.engine.wait(LOOK_AGAIN_S):
                     self._take(ended)
+                if not self.working:  # others have the rest
+                    time.sleep(0.1)
         finally:
             self.engine.close()
         fresh = tuple(key for key, mine in self.done.items() if mine)
@@ -119,28 +121,19 @@ class _Runner:
             run = self.runs[key]
             if run.start in self.failed:
                 self._give_up(key, f"the run that it starts from, {run.start}, failed")
-            elif (
-                (run.start is not None and run.start not in self.done)
-                or when > time.monotonic()
-                or self.engine.free < 1
-            ):
-                continue
-            elif self._is_done(run):  # by another process, since the last look
-                del self.waiting[key]
-                self._finish(key, fresh=False)
-            elif self.store.is_running(key):
-                self.waiting[key] = time.monotonic() + LOOK_AGAIN_S
-            else:
-                del self.waiting[key]
-                self.working.add(key)
-                self.engine.start(self._job(run))
+            elif self.engine.free and when <= time.monotonic() and (run.start is None or run.start in self.done):
+                self._start(key, run)
 
-    def _patience(self) -> float:
-        """Seconds to wait for the next end: long while there is nothing else to look at."""
-        if not self.working:
-            time.sleep(0.2)
-            return 0.0
-        return LOOK_AGAIN_S
+    def _start(self, key: str, run: PlannedRun) -> None:
+        if self.store.is_running(key):
+            self.waiting[key] = time.monotonic() + LOOK_AGAIN_S
+            return
+        del self.waiting[key]
+        if self._is_done(run):  # by another process, since the last look
+            self._finish(key, fresh=False)
+        else:
+            self.working.add(key)
+            self.engine.start(self._job(run))
 
     def _job(self, run: PlannedRun) -> Job:
         folder = self.store.run_folder(run.key).absolute()
@@ -162,9 +155,7 @@ class _Runner:
         elif self._is_done(self.runs[key]):  # also one that died after its last word
             self._finish(key, fresh=True)
         elif ended.kind == DONE:
-            self._fail(
-                replace(ended, kind=DIED, error="the worker says that it is done, but its results are not there")
-            )
+            self._fail(replace(ended, kind=DIED, error="the worker ended, but its results are not there"))
         else:
             self._fail(ended)
 
