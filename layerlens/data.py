@@ -18,6 +18,7 @@ from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 
 SPLITS = ("train", "test")
+_COMMON = ("normalize", "classes")  # options of every data set
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -118,7 +119,7 @@ def load_data(spec: str, *, download: bool = False) -> Dataset:
     Args:
         spec: `digits`, `cifar10:ROOT`, `cifar100:ROOT`, `svhn:ROOT`, `imagefolder:PATH`, `npz:PATH` or
             `pkg.module:factory`; `,normalize=imagenet` or `,normalize=none` replaces the statistics of the
-            training split.
+            training split, and `,classes=0-4` keeps the images of these classes alone.
         download: Let torchvision fetch a missing CIFAR or SVHN.
 
     Raises:
@@ -128,12 +129,14 @@ def load_data(spec: str, *, download: bool = False) -> Dataset:
     parsed = parse_spec(spec)
     if parsed.kind in SOURCES:
         read, options = SOURCES[parsed.kind]
-        parsed.check_options({*options, "normalize"})
+        parsed.check_options({*options, *_COMMON})
         made = read(parsed, download)
     elif is_factory(parsed):
         made = _from_factory(parsed)
     else:
         raise UnknownNameError(f"unknown data {spec!r}; {closest(parsed.kind, SOURCES)}, or pkg.module:factory")
+    if "classes" in parsed.options:
+        made = _of_classes(made, str(parsed.options["classes"]))
     return _with_statistics(made, parsed.options.get("normalize"))
 
 
@@ -171,6 +174,23 @@ def dataset_from_arrays(
     return Dataset(
         name=name, x_train=train, y_train=labels[0], x_test=test, y_test=labels[1], classes=names,
         mean=(0.0,) * train.shape[1], std=(1.0,) * train.shape[1], flip=flip,
+    )  # fmt: skip
+
+
+def _of_classes(data: Dataset, span: str) -> Dataset:
+    """The images of the classes `first-last`, counted from 0; the labels begin at 0 again."""
+    count = len(data.classes)
+    first, dash, last = span.partition("-")
+    fine = dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < count
+    if not fine or data.y_train is None or data.y_test is None:
+        raise DataError(f"classes={span} of {data.name}; allowed: first-last, such as 0-4, among its {count} classes")
+    low, high = int(first), int(last)
+    kept = [(y >= low) & (y <= high) for y in (data.y_train, data.y_test)]
+    if not all(part.any() for part in kept):
+        raise DataError(f"classes={span} of {data.name}: no image of these classes in one of its splits")
+    return replace(
+        data, x_train=data.x_train[kept[0]], x_test=data.x_test[kept[1]], y_train=data.y_train[kept[0]] - low,
+        y_test=data.y_test[kept[1]] - low, classes=data.classes[low : high + 1],
     )  # fmt: skip
 
 
@@ -325,7 +345,7 @@ def _npz(spec: Spec, download: bool) -> Dataset:
 
 
 def _from_factory(spec: Spec) -> Dataset:
-    options = {key: value for key, value in spec.options.items() if key != "normalize"}
+    options = {key: value for key, value in spec.options.items() if key not in _COMMON}
     made = call_factory(spec, options, SOURCES)
     if isinstance(made, Dataset):
         return made

@@ -704,3 +704,26 @@ def test_batches_take_the_split_asked_for():
 def test_batches_without_labels_yield_none():
     ((_, labels),) = made(y_train=None, y_test=None).batches()
     assert labels is None
+
+
+def test_classes_keeps_the_images_of_these_classes_and_counts_from_zero():
+    whole, part = load_data("digits"), load_data("digits,classes=5-9")
+    chosen = whole.y_test >= 5
+    assert torch.equal(part.x_test, whole.x_test[chosen])
+    assert torch.equal(part.y_test, whole.y_test[chosen] - 5)
+    assert part.classes == ("5", "6", "7", "8", "9")
+    assert len(part.x_train) + len(load_data("digits,classes=0-4").x_train) == len(whole.x_train)
+    assert part.mean != whole.mean  # the statistics are those of the images that are left
+
+
+@pytest.mark.parametrize("span", ["4-2", "0-10", "3", "a-b", "-1-3"])
+def test_classes_that_are_not_there_are_an_error(span):
+    with pytest.raises(DataError, match=rf"classes={span} of digits.*allowed: first-last, such as 0-4, among its 10"):
+        load_data(f"digits,classes={span}")
+
+
+def test_classes_without_labels_are_an_error(tmp_path):
+    x = np.zeros((4, 4, 4), np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, x_test=x)
+    with pytest.raises(DataError, match="allowed: first-last"):
+        load_data(f"npz:{tmp_path / 'x.npz'},classes=0-1")

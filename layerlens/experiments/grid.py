@@ -154,7 +154,7 @@ class _Planner:
         measure = self.study.measure
         if measure.cka:
             yield _measured("cka", None, str(config.data_sha256), measure)
-        if measure.scores:
+        if measure.scores and self._dataset(config.data).y_train is not None:
             yield _measured("scores", None, str(config.data_sha256), measure)
         for data in transfer:
             yield _measured("scores", data, self._dataset(data).fingerprint(), measure)

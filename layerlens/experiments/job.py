@@ -98,7 +98,10 @@ def _work(job: Job) -> None:
     dataset = _dataset(config.data)
     train(config, folder, dataset=dataset, device=job.device)
     for kind, data, file in job.measured:
-        measure_run(folder, kind, file, dataset=_dataset(data or config.data), measure=job.measure, device=job.device)
+        measure_run(
+            folder, kind, file, dataset=_dataset(data or config.data), model=config.model, measure=job.measure,
+            device=job.device,
+        )  # fmt: skip
 
 
 _LOADED: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from layerlens.trajectory import evaluate_run
 
 
 def measure_run(
-    folder: Path, kind: str, file: str, *, dataset: Dataset, measure: dict[str, Any], device: str = "auto"
+    folder: Path, kind: str, file: str, *, dataset: Dataset, model: str, measure: dict[str, Any], device: str = "auto"
 ) -> None:
     """Measure each kept checkpoint of a finished run, unless that was done, and write it atomically.
 
@@ -23,6 +23,7 @@ def measure_run(
         kind: `scores` (k-NN, probe, alignment, uniformity) or `cka` (similarity of all layers).
         file: Where to, within the folder.
         dataset: The run's own data, or others to score on.
+        model: The run's, as its settings name it.
         measure: Fields of `study.Measure`.
         device: `auto`, `cpu` or `cuda`.
 
@@ -35,9 +36,15 @@ def measure_run(
         settings = Settings(samples=measure["samples"], batch_size=min(measure["batch_size"], measure["samples"]))
         where = pick_device(device)
         if kind == "cka":
-            found: Any = film_strip(folder, dataset=dataset, settings=settings, device=where)
+            found: Any = film_strip(folder, dataset=dataset, model=model, settings=settings, device=where)
         else:
             found = evaluate_run(
-                folder, dataset=dataset, k=measure["k"], protocol=measure["protocol"], settings=settings, device=where
+                folder,
+                dataset=dataset,
+                model=model,
+                k=measure["k"],
+                protocol=measure["protocol"],
+                settings=settings,
+                device=where,
             )
         write_json(folder / file, found.to_dict())

@@ -20,7 +20,7 @@ WORDS = {
     "input and each layer": (True, True),
     "input and each layer but the last": (True, False),
 }  # whether the input and the last layer are among them
-METRICS = ("probe", "knn", "knn10", "accuracy")
+
 Axes = dict[str, str | list[Any]]
 _FOLDER = resources.files("layerlens").joinpath("studies")
 

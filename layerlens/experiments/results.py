@@ -1,0 +1,320 @@
+"""What a study found: every score of every checkpoint in long form, means with intervals, comparisons seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from layerlens.analysis.results import FilmStrip, Result, SimilarityMatrix
+from layerlens.errors import DataError, check_known
+from layerlens.experiments.store import Store
+from layerlens.files import read_json
+from layerlens.provenance import provenance
+from layerlens.recommendation import recommend
+
+ALWAYS = ("layer", "stop_gradient", "rate")  # columns of every long table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean over seeds with its Student interval; the bounds are NaN for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One setting of a study: an arm with a value of each axis.
+
+    Attributes:
+        arm: Its name.
+        values: Short name of each axis -> value.
+        baseline: Whether it is what others are compared with.
+        score: Over its seeds.
+        gain: Over its baseline, seed by seed; None for a baseline, or where no seed has both.
+    """
+
+    arm: str
+    values: dict[str, Any]
+    baseline: bool
+    score: Interval
+    gain: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult(Result):
+    """Everything that the finished runs of a study measured.
+
+    Attributes:
+        name: Of the study.
+        study: What it says.
+        runs: Of each finished run `key`, `arm`, `baseline`, `start` (an arm's), `values`, `seed`, `wall_s`, `scores`
+            (data -> one row per kept checkpoint; "" is the run's own data), `advice` (ranked targets that the CKA of
+            this run gives, for runs from random weights) and `environment`.
+        similarity: Of each setting the mean CKA over seeds at the first and at the last checkpoint.
+        failed: Labels of runs that were given up, with their errors.
+        missing: Runs that are neither finished nor given up.
+        environment: Where the table was made.
+    """
+
+    name: str
+    study: dict[str, Any]
+    runs: tuple[dict[str, Any], ...]
+    similarity: tuple[dict[str, Any], ...]
+    failed: dict[str, str]
+    missing: int
+    environment: dict[str, Any]
+
+    def to_frame(self) -> Any:
+        """Long form, one row per number (a pandas DataFrame).
+
+        Columns: arm, start, key, the axes (layer, stop_gradient and rate always), seed, data, epoch, metric, value.
+        """
+        import pandas as pd
+
+        axes = list(dict.fromkeys((*ALWAYS, *(name for run in self.runs for name in run["values"]))))
+        rows = []
+        for run in self.runs:
+            head = {"arm": run["arm"], "start": run["start"], "key": run["key"]}
+            head |= {axis: run["values"].get(axis) for axis in axes} | {"seed": run["seed"]}
+            for data, scores in run["scores"].items():
+                for row in scores:
+                    rows += [
+                        {**head, "data": data, "epoch": row["epoch"], "metric": metric, "value": value}
+                        for metric, value in row.items()
+                        if metric != "epoch"
+                    ]
+        columns = ["arm", "start", "key", *axes, "seed", "data", "epoch", "metric", "value"]
+        return pd.DataFrame(rows, columns=None if rows else columns)
+
+    def metrics(self) -> list[str]:
+        """Names of all scores that any run has."""
+        rows = (row for run in self.runs for scores in run["scores"].values() for row in scores)
+        return list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
+
+    def lines(
+        self, metric: str = "probe", *, epoch: int | None = None, data: str = "", level: float = 0.95
+    ) -> list[Line]:
+        """Each setting's score over its seeds, and its gain over the baseline, paired by seed.
+
+        Args:
+            metric: A score, such as `probe`, `knn` or `uniformity_test`.
+            epoch: Of the checkpoint; the last one by default. Never the best one.
+            data: Other data that were scored; the run's own by default.
+            level: Confidence of the Student intervals.
+
+        Raises:
+            UnknownNameError: No run has that score.
+        """
+        check_known("metric", metric, self.metrics())
+        found = []
+        for runs in self._settings():
+            scores = self._scores(runs, metric, epoch, data)
+            if not scores:
+                continue
+            first = runs[0]
+            gain = None
+            if not first["baseline"] and (beside := self._baseline(first)):
+                other = self._scores(beside, metric, epoch, data)
+                pairs = [scores[seed] - other[seed] for seed in scores if seed in other]
+                gain = interval(pairs, level) if pairs else None
+            found.append(
+                Line(
+                    arm=first["arm"], values=first["values"], baseline=first["baseline"],
+                    score=interval(list(scores.values()), level), gain=gain,
+                )
+            )  # fmt: skip
+        return found
+
+    def table(self, metric: str = "probe", *, epoch: int | None = None, data: str = "", level: float = 0.95) -> Any:
+        """`lines` as a table (a pandas DataFrame): arm, axes, n, mean, low, high, gain, gain_low, gain_high."""
+        import pandas as pd
+
+        rows = []
+        for line in self.lines(metric, epoch=epoch, data=data, level=level):
+            gain = line.gain or Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+            rows.append(
+                {
+                    "arm": line.arm, **line.values, "n": line.score.n, "mean": line.score.mean, "low": line.score.low,
+                    "high": line.score.high, "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
+                }
+            )  # fmt: skip
+        axes = list(dict.fromkeys(name for run in self.runs for name in run["values"]))
+        columns = ["arm", *axes, "n", "mean", "low", "high", "gain", "gain_low", "gain_high"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def scores(
+        self, metric: str = "probe", *, epoch: int | None = None, data: str = "", **where: Any
+    ) -> dict[int, float]:
+        """Seed -> score of the one setting that has these values.
+
+        Args:
+            metric, epoch, data: As for `lines`.
+            **where: `arm`, `start`, or short names of axes.
+
+        Raises:
+            DataError: None has them, or several have.
+        """
+        chosen = [runs for runs in self._settings() if _fits(runs[0], where)]
+        if len(chosen) != 1:
+            raise DataError(f"{len(chosen)} settings of {self.name!r} have {where}; needed: one")
+        return self._scores(chosen[0], metric, epoch, data)
+
+    def mean_similarity(self, *, last: bool = True, **where: Any) -> SimilarityMatrix:
+        """Mean CKA over seeds of the one setting that has these values, at its last checkpoint or at its first.
+
+        The intervals are Student's over seeds.
+        """
+        found = [s for s in self.similarity if _fits(s, where)]
+        if len(found) != 1:
+            raise DataError(f"{len(found)} settings of {self.name!r} with CKA have {where}; needed: one")
+        kept = found[0]["last" if last else "first"]
+        return SimilarityMatrix.from_dict(kept)
+
+    def _settings(self) -> list[list[dict[str, Any]]]:
+        """The runs of each setting, in the order of the study."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for run in self.runs:
+            groups.setdefault(repr((run["arm"], run["values"])), []).append(run)
+        return list(groups.values())
+
+    def _baseline(self, run: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The baseline of a run: the one that shares most values with it, and contradicts none; of its own start first."""
+        fitting = [
+            runs
+            for runs in self._settings()
+            if runs[0]["baseline"] and all(run["values"].get(k, v) == v for k, v in runs[0]["values"].items())
+        ]
+        shared = [(r[0]["start"] == run["start"], len(set(r[0]["values"]) & set(run["values"]))) for r in fitting]
+        return fitting[shared.index(max(shared))] if fitting else None
+
+    @staticmethod
+    def _scores(runs: Iterable[dict[str, Any]], metric: str, epoch: int | None, data: str) -> dict[int, float]:
+        found = {}
+        for run in runs:
+            rows = [row for row in run["scores"].get(data, []) if epoch is None or row["epoch"] == epoch]
+            if rows and rows[-1].get(metric) is not None:
+                found[run["seed"]] = float(rows[-1][metric])
+        return found
+
+
+def collect(store: Store, name: str) -> StudyResult:
+    """Read what a store has of a study; what is missing there is counted, not waited for.
+
+    Raises:
+        UnknownNameError: No such study was begun there.
+        DataError, RunFolderError: A measurement is damaged; it names the file.
+    """
+    plan = store.read_plan(name)
+    starts = {arm["name"]: arm["start"] for arm in plan["study"]["arms"]}
+    runs, strips, failed, missing = [], [], {}, 0
+    for planned in plan["runs"]:
+        key = planned["key"]
+        if not store.is_done(key, tuple(planned["files"])):
+            failures = store.failures(key)
+            if failures["given_up"]:
+                failed[label(planned)] = failures["attempts"][-1]["error"]
+            else:
+                missing += 1
+            continue
+        run, strip = _read_run(store, planned, starts.get(planned["arm"]))
+        runs.append(run)
+        strips.append(strip)
+    return StudyResult(
+        name=name, study=plan["study"], runs=tuple(runs), similarity=tuple(_means(runs, strips)), failed=failed,
+        missing=missing, environment=provenance(),
+    )  # fmt: skip
+
+
+def label(run: dict[str, Any]) -> str:
+    """A run in words: its arm, its values, its seed."""
+    return " ".join([run["arm"], *(f"{k}={v}" for k, v in run["values"].items()), f"seed={run['seed']}"])
+
+
+def _read_run(store: Store, planned: dict[str, Any], start: str | None) -> tuple[dict[str, Any], FilmStrip | None]:
+    folder = store.run_folder(planned["key"])
+    result = read_json(folder / "result.json")
+    scores, strip = {}, None
+    for kind, data, file in planned["measured"]:
+        if kind == "cka":
+            strip = FilmStrip.from_dict(read_json(folder / file))
+        else:
+            scores[data or ""] = read_json(folder / file)["rows"]
+    run = {
+        "key": planned["key"], "arm": planned["arm"], "baseline": planned["baseline"], "start": start,
+        "values": planned["values"], "seed": planned["seed"], "wall_s": result["wall_s"], "scores": scores,
+        "advice": _advice(strip) if strip and planned["start"] is None else [],
+        "environment": result["environment"],
+    }  # fmt: skip
+    return run, strip
+
+
+def _advice(strip: FilmStrip) -> list[dict[str, Any]]:
+    """What the first and the last CKA matrix of a run recommend."""
+    found = recommend(strip.frames[-1], strip.frames[0])
+    return [{"layer": t.layer, "stop_gradient": t.stop_gradient, "confidence": t.confidence} for t in found.targets]
+
+
+def _means(runs: Sequence[dict[str, Any]], strips: Sequence[FilmStrip | None]) -> Iterator[dict[str, Any]]:
+    """Of each setting the mean matrices over its seeds."""
+    groups: dict[str, list[int]] = {}
+    for k, run in enumerate(runs):
+        if strips[k] is not None:
+            groups.setdefault(repr((run["arm"], run["values"])), []).append(k)
+    for places in groups.values():
+        first, found = runs[places[0]], [strip for k in places if (strip := strips[k]) is not None]
+        yield {
+            "arm": first["arm"], "start": first["start"], "values": first["values"], "seeds": len(places),
+            "first": _mean([s.frames[0] for s in found]).to_dict(),
+            "last": _mean([s.frames[-1] for s in found]).to_dict(),
+        }  # fmt: skip
+
+
+def _mean(matrices: Sequence[SimilarityMatrix]) -> SimilarityMatrix:
+    """The mean over seeds, with its Student interval."""
+    values = np.stack([m.values for m in matrices])
+    mean, reach = values.mean(0), np.full(values.shape[1:], np.nan)
+    if len(values) > 1:
+        reach = _student(len(values), 0.95) * values.std(0, ddof=1) / math.sqrt(len(values))
+    first = matrices[0]
+    rounded = [np.round(part, 4) for part in (mean, mean - reach, mean + reach)]
+    none = np.zeros((0, *values.shape[1:]))
+    return replace(
+        matrices[0], values=rounded[0], low=rounded[1], high=rounded[2], level=0.95, blocks=none, replicates=none,
+        weights=np.zeros(0), participation=np.round(np.mean([m.participation for m in matrices], axis=0), 4),
+        precision_error=math.nan, cautions=(),
+    )  # fmt: skip
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of some values, one per seed, with its Student interval.
+
+    >>> found = interval([1.0, 2.0, 3.0])
+    >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3)
+    (2.0, -0.484, 4.484)
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean=mean, low=math.nan, high=math.nan, n=len(values))
+    reach = _student(len(values), level) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean=mean, low=mean - reach, high=mean + reach, n=len(values))
+
+
+def _student(n: int, level: float) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + level) / 2, n - 1))
+
+
+def _fits(setting: dict[str, Any], where: dict[str, Any]) -> bool:
+    return all(
+        (setting[name] if name in ("arm", "start", "baseline") else setting["values"].get(name)) == value
+        for name, value in where.items()
+    )
