@@ -38,13 +38,6 @@ def measure_run(
         if kind == "cka":
             found: Any = film_strip(folder, dataset=dataset, model=model, settings=settings, device=where)
         else:
-            found = evaluate_run(
-                folder,
-                dataset=dataset,
-                model=model,
-                k=measure["k"],
-                protocol=measure["protocol"],
-                settings=settings,
-                device=where,
-            )
+            chosen = {"k": measure["k"], "protocol": measure["protocol"], "settings": settings}
+            found = evaluate_run(folder, dataset=dataset, model=model, device=where, **chosen)
         write_json(folder / file, found.to_dict())

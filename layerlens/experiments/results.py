@@ -186,7 +186,7 @@ class StudyResult(Result):
         return list(groups.values())
 
     def _baseline(self, run: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The baseline of a run: the one that shares most values with it, and contradicts none; of its own start first."""
+        """The baseline that contradicts none of a run's values and shares most of them; of its own start first."""
         fitting = [
             runs
             for runs in self._settings()
@@ -283,12 +283,11 @@ def _mean(matrices: Sequence[SimilarityMatrix]) -> SimilarityMatrix:
     mean, reach = values.mean(0), np.full(values.shape[1:], np.nan)
     if len(values) > 1:
         reach = _student(len(values), 0.95) * values.std(0, ddof=1) / math.sqrt(len(values))
-    first = matrices[0]
     rounded = [np.round(part, 4) for part in (mean, mean - reach, mean + reach)]
     none = np.zeros((0, *values.shape[1:]))
     return replace(
         matrices[0], values=rounded[0], low=rounded[1], high=rounded[2], level=0.95, blocks=none, replicates=none,
-        weights=np.zeros(0), participation=np.round(np.mean([m.participation for m in matrices], axis=0), 4),
+        weights=np.zeros(0), participation=np.round(np.stack([m.participation for m in matrices]).mean(0), 4),
         precision_error=math.nan, cautions=(),
     )  # fmt: skip
 
