@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -77,6 +78,23 @@ def perform(job: Job) -> Ended:
             text = str(error) if isinstance(error, LayerlensError) else f"{type(error).__name__}: {error}"
             return Ended(key=job.key, kind=FAILED if again else REFUSED, error=" ".join(text.split()))
     return Ended(key=job.key, kind=DONE)
+
+
+def perform_there(job: Job, directory: str) -> Ended:
+    """`perform`, in a process that began elsewhere: from a directory, and with the modules that lie there.
+
+    Args:
+        job: What to do.
+        directory: In which the study was started; a node without it, or without the right to it, fails the job.
+    """
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        where = f"{socket.gethostname()!r} can't enter {directory!r}, where the study was started"
+        return Ended(key=job.key, kind=FAILED, error=f"{where}: {error.strerror}; it must be shared by all nodes")
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    return perform(job)
 
 
 def _work(job: Job) -> None:

@@ -1,0 +1,150 @@
+"""What a study will cost, before it runs: its missing runs, their time from a few measured steps, their disk."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from layerlens.analysis.results import Result
+from layerlens.data import Dataset
+from layerlens.experiments.grid import Plan, PlannedRun
+from layerlens.experiments.measuring import measure_run
+from layerlens.experiments.store import Store
+from layerlens.training.config import RunConfig
+from layerlens.training.loop import train
+from layerlens.training.order import Order
+
+STEPS = 6  # that are timed, of each kind of run
+SCORED_IMAGES = 2000  # on which the measuring is timed; it grows with the images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Result):
+    """What is left of a study to do.
+
+    Attributes:
+        runs: Different runs of the study.
+        done: Of those, the finished ones.
+        train_s: Seconds of training that are left, on one worker.
+        measure_s: Seconds of measuring that are left, on one worker.
+        wall_s: Both, shared among the workers.
+        disk_mib: Space that the missing runs will take, with the states of those in progress.
+        workers: At once.
+        timed: What was timed: one line per kind of run, with its seconds per step.
+    """
+
+    runs: int
+    done: int
+    train_s: float
+    measure_s: float
+    wall_s: float
+    disk_mib: float
+    workers: int
+    timed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timed:
+    """Of one kind of run: seconds per step, seconds of measuring one checkpoint, bytes of one and of a state."""
+
+    step_s: float
+    measure_s: float
+    checkpoint: int
+    state: int
+
+
+def estimate(
+    plan: Plan, store: Store, *, workers: int, device: str = "auto", say: Callable[[str], None] | None = None
+) -> Cost:
+    """Time a few steps of each kind of run (model, data, objective, batch, operators), and add up what is missing.
+
+    Runs of a kind differ in layer, rate, seed and the like, which change a step by a few percent.
+
+    Args:
+        plan: From `make_plan`.
+        store: Finished runs there cost nothing.
+        workers: That share the work.
+        device: Where the steps are timed.
+        say: Takes a line about each kind that is timed.
+    """
+    missing = [r for r in plan.distinct.values() if not store.is_done(r.key, tuple(m.file for m in r.measured))]
+    kinds: dict[str, _Timed] = {}
+    train_s = measure_s = 0.0
+    disk = 0
+    for run in missing:
+        kind = _kind(run.config)
+        if kind not in kinds:
+            if say is not None:
+                say(f"timing {kind}")
+            kinds[kind] = _time(run, plan.datasets, plan.study.measure.model_dump(mode="json"), device)
+        timed, config = kinds[kind], run.config
+        left = config.epochs - min(store.epochs_done(run.key), config.epochs)
+        kept = len({0, config.epochs, *range(0, config.epochs, config.keep_every)})
+        train_s += left * Order(config, plan.datasets[config.data]).steps * timed.step_s
+        measure_s += kept * timed.measure_s
+        disk += kept * timed.checkpoint
+    at_work = min(workers, max(len(missing), 1))
+    disk += at_work * max((t.state for t in kinds.values()), default=0)
+    return Cost(
+        runs=len(plan.distinct), done=len(plan.distinct) - len(missing), train_s=round(train_s, 1),
+        measure_s=round(measure_s, 1), wall_s=round((train_s + measure_s) / at_work, 1),
+        disk_mib=round(disk / 2**20, 1), workers=at_work,
+        timed=tuple(f"{kind}: {t.step_s:.4g} s per step" for kind, t in kinds.items()),
+    )  # fmt: skip
+
+
+def _kind(config: RunConfig) -> str:
+    """What decides the time of a step, in words."""
+    parts = [config.model, config.data, config.objective, f"batch {config.batch_size}", config.precision]
+    parts += [f"{name} {value.kind}" for name, value in (("dropout", config.dropout),) if value is not None]
+    if config.augment is not None and config.augment.transform == "pca":
+        parts.append("pca")
+    if config.adalase is not None:
+        parts.append("adalase")
+    if config.freeze is not None:
+        parts.append(f"frozen {config.freeze.part}")
+    return ", ".join(parts)
+
+
+def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any], device: str) -> _Timed:
+    """Train a few steps of a run on a part of its data, in a folder that is thrown away, and measure what it kept."""
+    whole = datasets[run.config.data]
+    small, moments = _cut(whole, max(SCORED_IMAGES, 2 * run.config.batch_size)), list[float]()
+    config = run.config.model_copy(update={"holdout": 0.0, "epochs": 2, "keep_every": 2, "knn_every": 2})
+    images = min(STEPS * config.batch_size, len(small.x_train))
+    config = config.model_copy(update={"train_samples": images // config.batch_size * config.batch_size or images})
+    with tempfile.TemporaryDirectory(prefix="layerlens-cost-") as place:
+        folder = Path(place) / "run"
+        result = train(
+            config, folder, dataset=small, device=device, progress=lambda _: moments.append(time.perf_counter())
+        )
+        checkpoint = (folder / result.checkpoints[-1]).stat().st_size
+        measure_s = 0.0
+        for m in run.measured:
+            begin = time.perf_counter()
+            data = small if m.data is None else _cut(datasets[m.data], len(small.x_train))
+            measure_run(folder, m.kind, m.file, dataset=data, model=config.model, measure=measure, device=device)
+            share = 1.0 if m.kind == "cka" else len(whole.x_train) / len(small.x_train)
+            measure_s += share * (time.perf_counter() - begin) / len(result.checkpoints)
+    return _Timed(
+        step_s=median(b - a for a, b in pairwise(moments)), measure_s=measure_s, checkpoint=checkpoint,
+        state=3 * checkpoint,  # weights, momentum, and what is being written
+    )  # fmt: skip
+
+
+def _cut(dataset: Dataset, count: int) -> Dataset:
+    """The first images of both splits, in the proportion of the whole."""
+    if count >= len(dataset.x_train):
+        return dataset
+    other = max(count * len(dataset.x_test) // len(dataset.x_train), 8)
+    return replace(
+        dataset, x_train=dataset.x_train[:count], x_test=dataset.x_test[:other],
+        y_train=None if dataset.y_train is None else dataset.y_train[:count],
+        y_test=None if dataset.y_test is None else dataset.y_test[:other],
+    )  # fmt: skip
