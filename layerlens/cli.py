@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from layerlens import __version__
+from layerlens.cli_studies import study
 from layerlens.errors import LayerlensError
+from layerlens.show import show
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 model_option = click.option(
@@ -87,7 +89,7 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
         }
         for f in found
     ]  # fmt: skip
-    _show(rows, as_json, ["index", "name", "kind", "shape", "neurons", "default"])
+    show(rows, as_json, ["index", "name", "kind", "shape", "neurons", "default"])
 
 
 @cli.command()
@@ -163,7 +165,7 @@ def train(
         "knn": result.knn,
         "wall_s": result.wall_s,
     }
-    _show(
+    show(
         [{**row, "checkpoints": list(result.checkpoints), "environment": result.environment}] if as_json else [row],
         as_json,
         list(row),
@@ -180,7 +182,7 @@ def recipes(name: str | None, as_json: bool) -> None:
     if name:
         click.echo(json.dumps({"name": name, "toml": recipe_text(name)}) if as_json else recipe_text(name).rstrip())
         return
-    _show(list_recipes(), as_json, ["name", "about"])
+    show(list_recipes(), as_json, ["name", "about"])
 
 
 @cli.command()
@@ -233,12 +235,12 @@ def analyze(
     if as_json:
         click.echo(found.to_json())
         return
-    _show(_matrix_rows(found.cka), False, ["layer", *found.cka.layers])
+    show(_matrix_rows(found.cka), False, ["layer", *found.cka.layers])
     ranks = [
         {"layer": n, "effective_rank": v, "low": a, "high": b} for n, v, a, b in _profile_rows(found.effective_rank)
     ]
     click.echo()
-    _show(ranks, False, ["layer", "effective_rank", "low", "high"])
+    show(ranks, False, ["layer", "effective_rank", "low", "high"])
     g = found.geometry
     click.echo(f"\nalignment {g.alignment:.4f}   uniformity {g.uniformity:.4f}   ({g.samples} images, {g.split} split)")
     click.echo(f"intervals, figures and JSON: {folder}")
@@ -315,7 +317,7 @@ def compare(
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "facts": facts}, allow_nan=False))
         return
-    _show(_matrix_rows(found), False, ["layer", *found.columns])
+    show(_matrix_rows(found), False, ["layer", *found.columns])
     _tell(found, folder)
 
 
@@ -354,7 +356,7 @@ def film(
     if as_json:
         click.echo(json.dumps({**strip.to_dict(), "facts": facts}, allow_nan=False))
         return
-    _show(_film_rows(strip), False)
+    show(_film_rows(strip), False)
     click.echo(f"\nmatrices, tests of each change and figure: {folder}")
 
 
@@ -447,7 +449,7 @@ def evaluate(
     if finetune is not None:
         folder = Path(out) if out else _beside(checkpoint, model).parent.parent / "finetune" / Path(checkpoint).stem
         scores["finetuned"] = tune(checkpoint, dataset, folder, model=model, epochs=finetune, device=device)
-    _show([{"layer": name, "k": k, **scores}], as_json)
+    show([{"layer": name, "k": k, **scores}], as_json)
 
 
 @cli.command()
@@ -601,7 +603,7 @@ def _evaluate_run(
     if as_json:
         click.echo(found.to_json())
         return
-    _show(list(found.rows), False)
+    show(list(found.rows), False)
     click.echo(f"\nfigure and JSON: {folder / stem}")
 
 
@@ -675,11 +677,11 @@ def _print(result: Any) -> None:
 
     if isinstance(result, SimilarityMatrix):
         click.echo(f"{result.measure} ({result.samples} rows, {result.estimator}, {result.reduce})")
-        _show(_matrix_rows(result), False, ["layer", *result.layers])
+        show(_matrix_rows(result), False, ["layer", *result.layers])
         _tell(result, None)
     elif isinstance(result, SampleInfluence):
         order = sorted(range(result.samples), key=lambda i: -result.largest[i])[:10]
-        _show(
+        show(
             [
                 {"sample": i, "largest_change": float(result.largest[i]), "z_score": float(result.z_score[i])}
                 for i in order
@@ -690,7 +692,7 @@ def _print(result: Any) -> None:
         click.echo(f"{len(stand_out)} of {result.samples} samples stand out")
     else:
         rows = [{"layer": n, result.measure: v, "low": a, "high": b} for n, v, a, b in _profile_rows(result)]
-        _show(rows, False, ["layer", result.measure, "low", "high"])
+        show(rows, False, ["layer", result.measure, "low", "high"])
         for caution in result.cautions:
             click.echo(f"{caution.code} {caution.text}")
     click.echo()
@@ -854,28 +856,6 @@ def _watch(items: Iterable[Any], title: str) -> Iterable[Any]:
     yield from tqdm(items, desc=title, leave=False, file=sys.stderr)
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool, columns: list[str] | None = None) -> None:
-    """Rows as an aligned table, or as JSON (one object for a single row)."""
-    if as_json:
-        click.echo(json.dumps(rows if len(rows) != 1 else rows[0], allow_nan=False))
-        return
-    names = columns or list(rows[0])
-    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return "×".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _matrix_rows(matrix: Any) -> list[dict[str, Any]]:
     return [
         {"layer": name, **dict(zip(matrix.columns, map(float, row), strict=True))}
@@ -886,6 +866,8 @@ def _matrix_rows(matrix: Any) -> list[dict[str, Any]]:
 def _profile_rows(profile: Any) -> Iterable[tuple[str, float, float, float]]:
     return zip(profile.layers, profile.values, profile.low, profile.high, strict=True)
 
+
+cli.add_command(study)
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from layerlens.errors import DiskFullError, require
-from layerlens.experiments.engines import Engine
-from layerlens.experiments.grid import Plan, PlannedRun
+from layerlens.experiments.engines import Engine, make_engine
+from layerlens.experiments.grid import Plan, PlannedRun, make_plan
 from layerlens.experiments.job import BUSY, DIED, DONE, FULL, LATE, REFUSED, Ended, Job
+from layerlens.experiments.results import StudyResult, collect
 from layerlens.experiments.store import SCHEMA, Store
+from layerlens.experiments.study import Study
 
 LOOK_AGAIN_S = 2.0  # at a run that another process works on
 
@@ -29,6 +32,42 @@ class Outcome:
     done: tuple[str, ...]
     fresh: tuple[str, ...]
     failed: dict[str, str]
+
+
+def run_study(
+    study: Study,
+    store: str | Path = "studies",
+    *,
+    engine: str | Engine = "local",
+    workers: int | None = None,
+    retries: int = 2,
+    limit_s: float = 0.0,
+    device: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> StudyResult:
+    """Do what is missing of a study, and read what all its runs found.
+
+    Finished runs are never done again; the same call goes on where an interrupted one stopped, and two calls at the
+    same time share the work. A script that calls this needs the guard `if __name__ == "__main__":`.
+
+    Args:
+        study: From `read_study` or `make_study`, at the scale that is meant (`Study.at_scale`).
+        store: Folder of the runs of all studies.
+        engine: `local`, `ray` or `slurm`, or an engine made by hand.
+        workers, **options: As for `make_engine`.
+        retries, limit_s, device, progress, say: As for `run_plan`.
+
+    Raises:
+        ConfigError: The study asks for a run that can't be.
+        RunFolderError: The folder is no store, or was written by a newer layerlens.
+        ExtraMissingError: The engine's extra is not installed.
+    """
+    plan, place = make_plan(study), Store(store)
+    made = make_engine(engine, workers=workers, **options) if isinstance(engine, str) else engine
+    run_plan(plan, place, made, retries=retries, limit_s=limit_s, device=device, progress=progress, say=say)
+    return collect(place, study.name)
 
 
 def run_plan(

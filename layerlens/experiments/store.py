@@ -55,7 +55,7 @@ class Store:
     `layerlens study status` answers at once.
 
     Args:
-        folder: Made if it is not there.
+        folder: Made by the first study that is run in it.
 
     Raises:
         RunFolderError: A newer layerlens wrote it, it holds other things, or it can't be written.
@@ -71,10 +71,10 @@ class Store:
                     f"{str(folder)!r} was written by a newer layerlens (store schema {schema!r}, this one knows "
                     f"{SCHEMA}); update layerlens, or choose another --store"
                 )
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(p.name[0] != "." for p in self.folder.iterdir())):
+        elif self.folder.exists() and (
+            not self.folder.is_dir() or any(p.name[0] != "." for p in self.folder.iterdir())
+        ):
             raise RunFolderError(f"{str(folder)!r} exists and is no store; choose a new or empty one with --store")
-        write_json(about, {"schema": SCHEMA})
 
     # --- runs ---
 
@@ -173,7 +173,9 @@ class Store:
         return sorted(path.parent.name for path in self.folder.glob("studies/*/plan.json"))
 
     def write_plan(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep what a study wants, for `status` and for its tables."""
+        """Keep what a study wants, for `status` and for its tables; the store begins here."""
+        if not (self.folder / "store.json").exists():
+            write_json(self.folder / "store.json", {"schema": SCHEMA})
         write_json(self.study_folder(name) / "plan.json", {"schema": SCHEMA, **content})
 
     def read_plan(self, name: str) -> dict[str, Any]:
@@ -211,6 +213,10 @@ class Store:
             key=key, arm=run["arm"], values={**run["values"], "seed": run["seed"]}, state=state, epochs=epochs, of=of,
             wall_s=result["wall_s"] if result else None, problem=None if done else problem,
         )  # fmt: skip
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
 
 
 def time_left_s(rows: list[Row], workers: int | None = None) -> float | None:

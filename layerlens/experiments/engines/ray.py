@@ -173,12 +173,18 @@ def _connect(ray: Any, address: str, cores: int) -> None:
         _check_reached(address)
     try:
         ray.init(**settings)
+        _hush()
     except (Exception, SystemExit) as error:  # Ray ends the process where a server doesn't speak its language
         with suppress(Exception):
             ray.shutdown()
         what = "a Ray cluster could not be started here" if address == "local" else f"no Ray cluster at {address!r}"
         text = "it does not answer as one" if isinstance(error, SystemExit) else _line(str(error))
         raise WorkerError(f"{what}: {text}") from error
+
+
+def _hush() -> None:
+    """Keep what raylets say of dying nodes off stdout, where tables go; Ray has no setting for that, only this flag."""
+    importlib.import_module("ray._private.worker")._worker_logs_enabled = False  # type: ignore[attr-defined]
 
 
 def _check_reached(address: str) -> None:
