@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from layerlens import figures as figures
+    from layerlens import study_figures as study_figures
     from layerlens.activations import capture as capture
     from layerlens.activations import features as features
     from layerlens.analysis.cka import StreamingCKA as StreamingCKA
@@ -65,6 +66,20 @@ if TYPE_CHECKING:
     from layerlens.evaluation.knn import knn_accuracy as knn_accuracy
     from layerlens.evaluation.probe import linear_probe as linear_probe
     from layerlens.evaluation.probe import probe_accuracy as probe_accuracy
+    from layerlens.experiments.ablation import AdviceOutcome as AdviceOutcome
+    from layerlens.experiments.ablation import FreezeEffect as FreezeEffect
+    from layerlens.experiments.ablation import advice_outcome as advice_outcome
+    from layerlens.experiments.ablation import freeze_effects as freeze_effects
+    from layerlens.experiments.cost import estimate as estimate
+    from layerlens.experiments.grid import make_plan as make_plan
+    from layerlens.experiments.results import StudyResult as StudyResult
+    from layerlens.experiments.results import collect as collect
+    from layerlens.experiments.runner import run_plan as run_plan
+    from layerlens.experiments.runner import run_study as run_study
+    from layerlens.experiments.store import Store as Store
+    from layerlens.experiments.study import Study as Study
+    from layerlens.experiments.study import make_study as make_study
+    from layerlens.experiments.study import read_study as read_study
     from layerlens.layers import discover as discover
     from layerlens.models import build_model as build_model
     from layerlens.models import reinitialized as reinitialized
@@ -124,6 +139,13 @@ _HOMES = {
     "errors": ("LayerlensError",),
     "evaluation.knn": ("knn_accuracy",),
     "evaluation.probe": ("linear_probe", "probe_accuracy"),
+    "experiments.ablation": ("AdviceOutcome", "FreezeEffect", "advice_outcome", "freeze_effects"),
+    "experiments.cost": ("estimate",),
+    "experiments.grid": ("make_plan",),
+    "experiments.results": ("StudyResult", "collect"),
+    "experiments.runner": ("run_plan", "run_study"),
+    "experiments.store": ("Store",),
+    "experiments.study": ("Study", "make_study", "read_study"),
     "layers": ("discover",),
     "models": ("build_model", "reinitialized"),
     "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate", "film_strip"),
@@ -141,12 +163,13 @@ _HOMES = {
     "trajectory": ("Trajectory", "evaluate_run", "finetune"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted([*_HOME, "figures"])
+_MODULES = ("figures", "study_figures")
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":
-        value: Any = importlib.import_module("layerlens.figures")
+    if name in _MODULES:
+        value: Any = importlib.import_module(f"layerlens.{name}")
     elif name in _HOME:
         value = getattr(importlib.import_module(f"layerlens.{_HOME[name]}"), name)
     else:

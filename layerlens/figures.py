@@ -1,4 +1,4 @@
-"""Results as figures; the only module that imports matplotlib."""
+"""Results as figures; beside `study_figures` the only module that imports matplotlib."""
 
 from __future__ import annotations
 

@@ -110,12 +110,13 @@ def test_recipes_that_the_docs_name_exist():
 
 def test_every_model_family_and_figure_is_named_in_the_docs():
     assert all(f"`{family}`" in README for family in FAMILIES)
-    drawn = {name for name, value in vars(ll.figures).items() if name[0] != "_" and is_own_function(value)}
+    everything = {**vars(ll.figures), **vars(ll.study_figures)}
+    drawn = {name for name, value in everything.items() if name[0] != "_" and is_own_function(value)}
     assert all(f"`{name}`" in DOCS["api.md"] for name in drawn)
 
 
 def is_own_function(value: object) -> bool:
-    return inspect.isfunction(value) and value.__module__ == "layerlens.figures"
+    return inspect.isfunction(value) and value.__module__ in ("layerlens.figures", "layerlens.study_figures")
 
 
 def test_every_caution_that_the_code_gives_is_explained():

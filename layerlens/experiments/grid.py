@@ -130,8 +130,22 @@ class _Planner:
         for shared in self._values(base, self.study.axes, arm.name):
             for own in self._values(_at(base, shared), arm.axes, arm.name):
                 for seed in self.study.seed_list:
-                    start = self.started[arm.start, seed, _text(shared)] if arm.start else None
-                    yield self._run(arm.name, base, {**shared, **own}, seed, start=start, arm=arm)
+                    yield self._run(
+                        arm.name, base, {**shared, **own}, seed, start=self._start(arm, shared, seed), arm=arm
+                    )
+
+    def _start(self, arm: Arm, shared: dict[str, Any], seed: int) -> str | None:
+        """Key of the run that an arm's run starts from."""
+        if arm.start is None:
+            return None
+        key = self.started.get((arm.start, seed, _text(shared)))
+        if key is None:
+            where = f"{self.study.name}, {_label(arm.name, shared)}"
+            raise ConfigError(
+                f"{where}: the start {arm.start!r} has no run with these values, as its network has other layers; list "
+                "the values of the axis"
+            )
+        return key
 
     def _run(
         self, name: str, base: dict[str, Any], values: dict[str, Any], seed: int, start: str | None = None,
@@ -169,21 +183,28 @@ class _Planner:
 
     def _layers(self, base: dict[str, Any], axis: str, words: str, arm: str) -> list[str]:
         """The layers that words such as `each layer` mean in the network of an arm."""
+        try:
+            return self._find_layers(base, axis, words)
+        except LayerlensError as error:
+            raise type(error)(f"{self.study.name}, {arm}: {error}") from error
+
+    def _find_layers(self, base: dict[str, Any], axis: str, words: str) -> list[str]:
         with_input, with_last = WORDS[words]
         trial = overlay(base, {axis.partition(".")[0]: {}})
         config = make_config({k: v for k, v in trial.items() if k not in ("augment", "freeze")})
-        sought = (config.model, config.data, config.objective, "adalase" if axis == "adalase.layers" else "default")
+        kinds = str(config.adalase.kinds) if config.adalase is not None and axis == "adalase.layers" else ""
+        sought = (config.model, config.data, config.objective, kinds)
         if sought not in self.layers:
             dataset = self._dataset(config.data)
             network, example = build_network(config, dataset), torch.zeros(2, *dataset.input_shape)
-            if axis == "adalase.layers":
+            if kinds:
                 self.layers[sought] = adalase_layers(config, network, example)
             else:
                 self.layers[sought] = [f.name for f in discover(network, example) if f.index is not None]
         names = self.layers[sought]
         chosen = [name for name in names if (with_input or name != INPUT) and (with_last or name != names[-1])]
         if not chosen:
-            raise ConfigError(f"{self.study.name}, {arm}: {words!r} of {config.model!r} are none; name the layers")
+            raise ConfigError(f"{words!r} of {config.model!r} are none; name the layers")
         return chosen
 
     def _dataset(self, spec: str) -> Dataset:

@@ -96,10 +96,13 @@ def run_plan(
     Raises:
         DiskFullError: No space left; everything finished is kept.
     """
-    require(retries >= 0, "retries", retries, "0 or more")
-    require(limit_s >= 0, "limit_s", limit_s, "0 (none) or more")
-    store.write_plan(plan.study.name, manifest(plan))
-    return _Runner(plan, store, engine, retries, limit_s, device, progress, say or _silent).run()
+    try:
+        require(retries >= 0, "retries", retries, "0 or more")
+        require(limit_s >= 0, "limit_s", limit_s, "0 (none) or more")
+        store.write_plan(plan.study.name, manifest(plan))
+        return _Runner(plan, store, engine, retries, limit_s, device, progress, say or _silent).run()
+    finally:
+        engine.close()
 
 
 def manifest(plan: Plan) -> dict[str, Any]:
@@ -131,24 +134,22 @@ class _Runner:
         self.failed: dict[str, str] = {}
         self.spent: dict[str, int] = {}  # attempts without a further epoch
         self.epochs: dict[str, int] = {}
+        self.log_size: dict[str, int] = {}  # at the start of the present attempt
 
     def run(self) -> Outcome:
-        try:
-            for key, run in self.runs.items():
-                self.store.set_damage_aside(key, self.say)
-                if self._is_done(run):
-                    self._finish(key, fresh=False)
-                else:
-                    self.waiting[key] = 0.0
-                    self.epochs[key] = self.store.epochs_done(key)
-            while self.waiting or self.working:
-                self._start_what_can()
-                for ended in self.engine.wait(LOOK_AGAIN_S):
-                    self._take(ended)
-                if not self.working:  # others have the rest
-                    time.sleep(0.1)
-        finally:
-            self.engine.close()
+        for key, run in self.runs.items():
+            self.store.set_damage_aside(key, self.say)
+            if self._is_done(run):
+                self._finish(key, fresh=False)
+            else:
+                self.waiting[key] = 0.0
+                self.epochs[key] = self.store.epochs_done(key)
+        while self.waiting or self.working:
+            self._start_what_can()
+            for ended in self.engine.wait(LOOK_AGAIN_S):
+                self._take(ended)
+            if not self.working:  # others have the rest
+                time.sleep(0.1)
         fresh = tuple(key for key, mine in self.done.items() if mine)
         return Outcome(done=tuple(self.done), fresh=fresh, failed=self.failed)
 
@@ -172,6 +173,8 @@ class _Runner:
             self._finish(key, fresh=False)
         else:
             self.working.add(key)
+            log = self.store.log(key)
+            self.log_size[key] = log.stat().st_size if log.exists() else 0
             self.engine.start(self._job(run))
 
     def _job(self, run: PlannedRun) -> Job:
@@ -216,7 +219,8 @@ class _Runner:
             self.waiting[key] = 0.0
 
     def _hung(self, key: str) -> bool:
-        return bool(self.limit_s) and any(line.startswith("Timeout (") for line in self.store.last_lines(key, 200))
+        said = self.store.last_lines(key, 1000, since=self.log_size[key])
+        return bool(self.limit_s) and any(line.startswith("Timeout (") for line in said)
 
     def _give_up(self, key: str, error: str) -> None:
         del self.waiting[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from layerlens.files import read_json, write_json
 SCHEMA = 1
 STATES = ("done", "running", "failed", "missing")
 LOG_LINES = 20
+RESULT_KEYS = {"run", "epochs", "loss", "knn", "wall_s", "checkpoints", "environment"}
 NO_FAILURES: dict[str, Any] = {"attempts": [], "given_up": False}
 
 
@@ -71,9 +73,7 @@ class Store:
                     f"{str(folder)!r} was written by a newer layerlens (store schema {schema!r}, this one knows "
                     f"{SCHEMA}); update layerlens, or choose another --store"
                 )
-        elif self.folder.exists() and (
-            not self.folder.is_dir() or any(p.name[0] != "." for p in self.folder.iterdir())
-        ):
+        elif self.folder.exists() and not _can_be_store(self.folder):
             raise RunFolderError(f"{str(folder)!r} exists and is no store; choose a new or empty one with --store")
 
     # --- runs ---
@@ -115,7 +115,8 @@ class Store:
         path = self.run_folder(key) / "result.json"
         if path.exists() and self._result(key) is None:
             aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"result.json.damaged-{n}")).exists())
-            os.replace(path, aside)
+            with suppress(FileNotFoundError):  # another process was quicker
+                os.replace(path, aside)
             say(f"{str(path)!r} was damaged; it is {aside.name!r} now and the run is done again")
             self._set_measures_aside(key)
 
@@ -130,20 +131,28 @@ class Store:
             content = json.loads((self.run_folder(key) / "result.json").read_bytes())
         except (OSError, ValueError):
             return None
-        fine = isinstance(content, dict) and isinstance(content.get("wall_s"), int | float) and "checkpoints" in content
-        return content if fine else None
+        return content if self._is_result(key, content) else None
+
+    def _is_result(self, key: str, content: Any) -> bool:
+        """Whether `read_result` would take it; that one imports torch."""
+        if not isinstance(content, dict) or not content.keys() >= RESULT_KEYS:
+            return False
+        seconds, names = content["wall_s"], content["checkpoints"]
+        fine = isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)
+        kept = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        return bool(fine and kept and all((self.run_folder(key) / name).is_file() for name in names))
 
     # --- what went wrong ---
 
     def failures(self, key: str) -> dict[str, Any]:
         """The attempts at a run that failed, and whether it was given up."""
-        path = self.folder / "failures" / f"{key}.json"
-        if not path.exists():
-            return NO_FAILURES
         try:
-            return read_json(path)
-        except RunFolderError:  # a history is no result: a damaged one starts anew
+            known = read_json(self.folder / "failures" / f"{key}.json")
+        except RunFolderError:  # there are none; or the history is damaged, which is no result, and starts anew
             return NO_FAILURES
+        attempts = known.get("attempts")
+        fine = isinstance(attempts, list) and all(isinstance(a, dict) and "error" in a for a in attempts)
+        return {"attempts": attempts, "given_up": known.get("given_up") is True} if fine else NO_FAILURES
 
     def add_failure(self, key: str, kind: str, error: str, *, given_up: bool) -> None:
         """Note a failed attempt with the last lines of its log."""
@@ -155,10 +164,10 @@ class Store:
         content = {"attempts": [*known["attempts"], attempt][-50:], "given_up": given_up}
         write_json(self.folder / "failures" / f"{key}.json", content)
 
-    def last_lines(self, key: str, count: int = LOG_LINES) -> list[str]:
-        """The end of a run's log."""
+    def last_lines(self, key: str, count: int = LOG_LINES, *, since: int = 0) -> list[str]:
+        """The end of a run's log, or of what was added to it behind `since` bytes."""
         try:
-            return self.log(key).read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+            return self.log(key).read_bytes()[since:].decode(errors="replace").splitlines()[-count:]
         except OSError:
             return []
 
@@ -215,8 +224,10 @@ class Store:
         )  # fmt: skip
 
 
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
+def _can_be_store(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what a store does."""
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else {"a file"}
+    return not names or bool(names & {"store.json", "runs", "studies"})
 
 
 def time_left_s(rows: list[Row], workers: int | None = None) -> float | None:

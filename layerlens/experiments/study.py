@@ -20,8 +20,10 @@ WORDS = {
     "input and each layer": (True, True),
     "input and each layer but the last": (True, False),
 }  # whether the input and the last layer are among them
+WORDED = ("augment.layer", "freeze.layer", "adalase.layers")  # axes that take these words
 
-Axes = dict[str, str | list[Any]]
+Axes = dict[str, Any]  # field -> list of values, or words
+Seeds = int | tuple[int, ...]
 _FOLDER = resources.files("layerlens").joinpath("studies")
 
 
@@ -56,13 +58,15 @@ class Measure(_Strict):
 
 
 class Drawing(_Strict):
-    """A figure of a study: `sweep` over an axis, `epochs`, `similarity` heat maps, the `geometry` plane, or a `grid`.
+    """A figure of a study: `sweep` over an axis, `epochs`, `similarity` heat maps, the `geometry` plane, a `grid`, or
+    what a `freeze` costs.
 
-    `x` and `lines` are short names of axes, such as `layer`, `rate` or `arm`; a grid has `lines` as its rows.
+    `x` and `lines` are short names of axes, such as `layer`, `rate` or `arm`; without lines every axis that varies
+    makes lines. A grid has `lines` as its rows; similarity and geometry need neither.
     """
 
-    kind: Literal["sweep", "epochs", "similarity", "geometry", "grid"]
-    name: str = Field(pattern=r"[a-z0-9_]+")
+    kind: Literal["sweep", "epochs", "similarity", "geometry", "grid", "freeze"]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
     metric: str = "probe"
     x: str = "layer"
     lines: tuple[str, ...] = ()
@@ -78,9 +82,14 @@ class Scale(_Strict):
     base: dict[str, Any] = {}
     axes: Axes = Field({}, description="replace axes of the same names, wherever they stand")
     arms: dict[str, dict[str, Any]] = Field({}, description="settings laid over those of the arm of that name")
-    seeds: int | tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     measure: dict[str, Any] = {}
     transfer: dict[str, tuple[str, ...]] = Field({}, description="other data, by arm")
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, value: Seeds | None) -> Seeds | None:
+        return None if value is None else _checked(value)
 
 
 class Study(_Strict):
@@ -101,7 +110,7 @@ class Study(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
     about: str = ""
-    seeds: int | tuple[int, ...] = 1
+    seeds: Seeds = 1
     base: dict[str, Any] = {}
     axes: Axes = {}
     starts: dict[str, dict[str, Any]] = {}
@@ -112,11 +121,8 @@ class Study(_Strict):
 
     @field_validator("seeds")
     @classmethod
-    def _some(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        fine = value >= 1 if isinstance(value, int) else value and len(set(value)) == len(value) and min(value) >= 0
-        if not fine:
-            raise ValueError("allowed: how many, from 1, or a list of different numbers from 0")
-        return value
+    def _some(cls, value: Seeds) -> Seeds:
+        return _checked(value)
 
     @model_validator(mode="after")
     def _check(self) -> Study:
@@ -139,9 +145,9 @@ class Study(_Strict):
             if arm.start is not None and arm.start not in self.starts:
                 yield f"arm {arm.name!r}: start={arm.start!r} is unknown; {closest(arm.start, self.starts)}"
             yield from _settings_problems(f"arm {arm.name!r}", arm.settings)
-            yield from _axis_problems(f"arm {arm.name!r}: ", arm.axes)
             if twice := set(arm.axes) & set(self.axes):
                 yield f"arm {arm.name!r}: {sorted(twice)} are axes of the whole study already"
+            yield from _axis_problems(f"arm {arm.name!r}: ", arm.axes, beside=self.axes)
         yield from _settings_problems("base", self.base)
         yield from _axis_problems("", self.axes)
         for name, settings in self.starts.items():
@@ -154,6 +160,10 @@ class Study(_Strict):
             yield from _axis_problems(f"scale {label!r}: ", scale.axes)
             if extra := set(scale.axes) - known:
                 yield f"scale {label!r}: {sorted(extra)} are no axes of this study; {closest(min(extra), known)}"
+            for key in set(scale.measure) - set(Measure.model_fields):
+                yield f"scale {label!r}: unknown setting 'measure.{key}'; {closest(key, Measure.model_fields)}"
+            for arm_name, settings in scale.arms.items():
+                yield from _settings_problems(f"scale {label!r}, {arm_name!r}", settings)
             for arm_name in (*scale.arms, *scale.transfer):
                 if arm_name not in (*names, *self.starts):
                     yield f"scale {label!r}: no arm {arm_name!r}; {closest(arm_name, [*names, *self.starts])}"
@@ -174,7 +184,7 @@ class Study(_Strict):
             size = self.scales[scale]
             foundation = read_recipe(size.recipe) if size.recipe else {}
             content["base"] = overlay(overlay(foundation, self.base), size.base)
-            content["seeds"] = size.seeds or self.seeds
+            content["seeds"] = self.seeds if size.seeds is None else size.seeds
             content["measure"] |= size.measure
             content["name"] = f"{self.name}-{scale}"
             content["axes"] = {name: size.axes.get(name, values) for name, values in self.axes.items()}
@@ -249,24 +259,40 @@ def _settings_problems(where: str, settings: dict[str, Any]) -> Iterator[str]:
             yield f"{where}: {key!r} is filled in by the study" + ("; set seeds" if key == "seed" else "")
 
 
-def _axis_problems(where: str, axes: Axes) -> Iterator[str]:
-    fields = [f"{table}.{name}" for table, kind in TABLES.items() for name in kind.model_fields]
-    fields += [name for name in RunConfig.model_fields if name not in TABLES]
-    short: dict[str, str] = {}
+def _axis_problems(where: str, axes: Axes, beside: Axes | None = None) -> Iterator[str]:
+    short = {axis_name(field): field for field in beside or {}}
     for field, values in axes.items():
-        if field not in fields:
-            near = closest(field.rpartition(".")[2], [name.rpartition(".")[2] for name in fields])
-            whole = closest(field, fields)
-            yield f"{where}axis over unknown field {field!r}; {whole if whole.startswith('closest') else near}"
-        if field in ("seed", "data_sha256", "init_sha256", "init"):
-            yield f"{where}axis over {field!r}; use " + ("starts" if field == "init" else "seeds")
+        yield from _field_problems(where, field, values)
         if isinstance(values, str):
-            if axis_name(field) != "layer":
+            if field not in WORDED:
                 yield f"{where}axis {field!r} = {values!r}; allowed: a list"
             elif values not in WORDS:
                 yield f"{where}axis {field!r} = {values!r}; {closest(values, WORDS)}, or a list"
-        elif not values or any(values.count(value) > 1 for value in values):
+        elif not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
             yield f"{where}axis {field!r} = {values!r}; allowed: a list of different values"
         if axis_name(field) in short:
             yield f"{where}axes {short[axis_name(field)]!r} and {field!r} would have the same name in tables"
         short[axis_name(field)] = field
+
+
+def _field_problems(where: str, field: str, values: Any) -> Iterator[str]:
+    fields = [f"{table}.{name}" for table, kind in TABLES.items() for name in kind.model_fields]
+    fields += [name for name in RunConfig.model_fields if name not in TABLES]
+    if isinstance(values, dict):
+        name = next(iter(values), "rate")
+        yield f'{where}axis {field!r} = {values!r}; allowed: a list, the field in quotes: "{field}.{name}" = [...]'
+    if field in ("seed", "data_sha256", "init_sha256", "init"):
+        yield f"{where}axis over {field!r}; use " + ("starts" if field == "init" else "seeds")
+    if field not in fields:
+        last = field.rpartition(".")[2]
+        same = [name for name in fields if name.rpartition(".")[2] == last]
+        yield f"{where}axis over unknown field {field!r}; " + (
+            f"closest: {', '.join(same)}" if same else closest(field, fields)
+        )
+
+
+def _checked(seeds: Seeds) -> Seeds:
+    fine = seeds >= 1 if isinstance(seeds, int) else seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0
+    if not fine:
+        raise ValueError("allowed: how many, from 1, or a list of different numbers from 0")
+    return seeds

@@ -138,8 +138,10 @@ class RayEngine:
 
     def _fitting(self, node: dict[str, float]) -> int:
         """How many jobs a node has room for."""
-        by_cpu = int(node.get("CPU", 0) // self.threads)
-        return min(by_cpu, int(node.get("GPU", 0) / self.gpus + 1e-9)) if self.gpus else by_cpu
+        by_cpu, gpus = int(node.get("CPU", 0) // self.threads), int(node.get("GPU", 0))
+        if not self.gpus:
+            return by_cpu
+        return min(by_cpu, gpus * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus // int(self.gpus))
 
     def _check_fits(self) -> None:
         nodes = self._nodes()

@@ -165,11 +165,12 @@ class SlurmEngine:
         handle = entry.handle
         if not handle.done():
             return f"SLURM has lost job {handle.job_id}" if entry.lost else None
-        if entry.late():  # its last word may take a moment to be seen here
+        here = self.cluster == "local"
+        if handle.paths.result_pickle.exists() or (not here and entry.late()):  # a last word since, or on its way
             return None
-        if self.cluster == "local":
-            return f"the process of job {handle.job_id} died"
-        return f"SLURM says {handle.state} of job {handle.job_id}"
+        return (
+            f"the process of job {handle.job_id} died" if here else f"SLURM says {handle.state} of job {handle.job_id}"
+        )
 
     def _ask_slurm(self) -> None:
         """Have the states of all jobs looked up, now and then, and note those that nobody knows."""
