@@ -157,12 +157,14 @@ class _Runner:
         return self.store.is_done(run.key, tuple(m.file for m in run.measured))
 
     def _start_what_can(self) -> None:
+        free = self.engine.free
         for key, when in list(self.waiting.items()):
             run = self.runs[key]
             if run.start in self.failed:
                 self._give_up(key, f"the run that it starts from, {run.start}, failed")
-            elif self.engine.free and when <= time.monotonic() and (run.start is None or run.start in self.done):
+            elif free > 0 and when <= time.monotonic() and (run.start is None or run.start in self.done):
                 self._start(key, run)
+                free = self.engine.free
 
     def _start(self, key: str, run: PlannedRun) -> None:
         if self.store.is_running(key):

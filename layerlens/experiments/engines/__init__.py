@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from layerlens.errors import check_known
+from layerlens.errors import ConfigError, check_known
 from layerlens.experiments.job import Ended, Job
 
 ENGINES = ("local", "ray", "slurm")
@@ -36,11 +36,12 @@ def make_engine(name: str, *, workers: int | None = None, threads: int | None = 
 
     Args:
         name: `local`, `ray` or `slurm`.
-        workers: Jobs at once; by default as many as there are GPUs, or else CPU cores, and as a cluster allows.
-        threads: Of the CPU, for each worker; the cores divided by the workers by default.
+        workers: Jobs at once; by default as many as there are GPUs, or else CPU cores, or as a cluster has room for.
+        threads: Of the CPU, for each worker; by default the cores divided by the workers, on a cluster 1.
         **options: Of that engine, see its class.
 
     Raises:
+        ConfigError: An option that it does not have.
         UnknownNameError: No such engine.
         ExtraMissingError: Its extra is not installed; the message says which.
     """
@@ -55,4 +56,6 @@ def make_engine(name: str, *, workers: int | None = None, threads: int | None = 
         return SlurmEngine(workers=workers, threads=threads, **options)
     from layerlens.experiments.engines.local import LocalEngine
 
-    return LocalEngine(workers=workers, threads=threads, **options)
+    if options:
+        raise ConfigError(f"engine option {next(iter(options))!r}; the local engine has none but workers and threads")
+    return LocalEngine(workers=workers, threads=threads)
