@@ -109,6 +109,7 @@ class _Planner:
     def __init__(self, study: Study, load: Load) -> None:
         self.study, self.load = study, load
         self.datasets: dict[str, Dataset] = {}
+        self.fingerprints: dict[str, str] = {}
         self.layers: dict[tuple[str, str, str, str], list[str]] = {}
         self.started: dict[tuple[str, int, str], str] = {}  # (start, seed, shared values) -> key
 
@@ -153,7 +154,8 @@ class _Planner:
     ) -> PlannedRun:  # fmt: skip
         try:
             config = make_config({**_at(base, values), "seed": seed})
-            resolved = resolve(config, self._dataset(config.data))
+            dataset = self._dataset(config.data)
+            resolved = resolve(config, dataset, fingerprint_of_data=self.fingerprints[config.data])
         except LayerlensError as error:
             raise type(error)(f"{self.study.name}, {_label(name, values)}: {error}") from error
         identity = resolved.identity()
@@ -171,7 +173,8 @@ class _Planner:
         if measure.scores and self._dataset(config.data).y_train is not None:
             yield _measured("scores", None, str(config.data_sha256), measure)
         for data in transfer:
-            yield _measured("scores", data, self._dataset(data).fingerprint(), measure)
+            self._dataset(data)
+            yield _measured("scores", data, self.fingerprints[data], measure)
 
     def _values(self, base: dict[str, Any], axes: Axes, arm: str) -> Iterator[dict[str, Any]]:
         """Every combination of the axes' values."""
@@ -210,6 +213,7 @@ class _Planner:
     def _dataset(self, spec: str) -> Dataset:
         if spec not in self.datasets:
             self.datasets[spec] = self.load(spec)
+            self.fingerprints[spec] = self.datasets[spec].fingerprint()
         return self.datasets[spec]
 
 

@@ -55,9 +55,9 @@ class StudyResult(Result):
     Attributes:
         name: Of the study.
         study: What it says.
-        runs: Of each finished run `key`, `arm`, `baseline`, `start` (an arm's), `values`, `seed`, `wall_s`, `scores`
-            (data -> one row per kept checkpoint; "" is the run's own data), `advice` (ranked targets that the CKA of
-            this run gives, for runs from random weights) and `environment`.
+        runs: Of each finished run `key`, `arm`, `baseline`, `start` (an arm's), `values`, `seed`, `data` (trained on),
+            `wall_s`, `scores` (data -> one row per kept checkpoint; "" is the run's own data), `advice` (ranked targets
+            that the CKA of this run gives, for runs from random weights) and `environment`.
         similarity: Of each setting the mean CKA over seeds at the first and at the last checkpoint.
         failed: Labels of runs that were given up, with their errors.
         missing: Runs that are neither finished nor given up.
@@ -121,7 +121,8 @@ class StudyResult(Result):
                 continue
             first = runs[0]
             gain = None
-            if not first["baseline"] and (beside := self._baseline(first)):
+            alone = first["baseline"] or first["arm"] in self.study["starts"]
+            if not alone and (beside := self._baseline(first)):
                 other = self._scores(beside, metric, epoch, data)
                 pairs = [scores[seed] - other[seed] for seed in scores if seed in other]
                 gain = interval(pairs, level) if pairs else None
@@ -186,11 +187,13 @@ class StudyResult(Result):
         return list(groups.values())
 
     def _baseline(self, run: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The baseline that contradicts none of a run's values and shares most of them; of its own start first."""
+        """The baseline on the same data whose values a run all has; of its own start first, with most values next."""
         fitting = [
             runs
             for runs in self._settings()
-            if runs[0]["baseline"] and all(run["values"].get(k, v) == v for k, v in runs[0]["values"].items())
+            if runs[0]["baseline"]
+            and runs[0]["data"] == run["data"]
+            and runs[0]["values"].items() <= run["values"].items()
         ]
         shared = [(r[0]["start"] == run["start"], len(set(r[0]["values"]) & set(run["values"]))) for r in fitting]
         return fitting[shared.index(max(shared))] if fitting else None
@@ -249,7 +252,8 @@ def _read_run(store: Store, planned: dict[str, Any], start: str | None) -> tuple
             scores[data or ""] = read_json(folder / file)["rows"]
     run = {
         "key": planned["key"], "arm": planned["arm"], "baseline": planned["baseline"], "start": start,
-        "values": planned["values"], "seed": planned["seed"], "wall_s": result["wall_s"], "scores": scores,
+        "values": planned["values"], "seed": planned["seed"], "data": planned["data"],
+        "wall_s": result["wall_s"], "scores": scores,
         "advice": _advice(strip) if strip and planned["start"] is None else [],
         "environment": result["environment"],
     }  # fmt: skip

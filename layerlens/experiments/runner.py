@@ -110,7 +110,8 @@ def manifest(plan: Plan) -> dict[str, Any]:
     runs = [
         {
             "key": run.key, "arm": run.arm, "baseline": run.baseline, "start": run.start, "values": run.values,
-            "seed": run.seed, "epochs": run.config.epochs, "files": [m.file for m in run.measured],
+            "seed": run.seed, "data": run.config.data, "epochs": run.config.epochs,
+            "files": [m.file for m in run.measured],
             "measured": [[m.kind, m.data, m.file] for m in run.measured],
         }
         for run in plan.runs

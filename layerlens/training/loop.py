@@ -149,9 +149,15 @@ def _train_rank(
     _Trainer(config, dataset, folder, device, report, tensorboard).run()
 
 
-def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration with everything filled in that depends on the data or on files."""
-    settings: dict[str, Any] = {"data_sha256": dataset.fingerprint()}
+def resolve(config: RunConfig, dataset: Dataset, *, fingerprint_of_data: str | None = None) -> RunConfig:
+    """The configuration with everything filled in that depends on the data or on files.
+
+    Args:
+        config: As somebody wrote it.
+        dataset: What it trains on.
+        fingerprint_of_data: The data set's, if it is known; large ones take a while.
+    """
+    settings: dict[str, Any] = {"data_sha256": fingerprint_of_data or dataset.fingerprint()}
     if config.views is None:
         usual = {"moco": moco_views, "supervised": weak_views}.get(config.objective, usual_views)
         settings["views"] = ViewsConfig(**asdict(usual(flip=dataset.flip)))
