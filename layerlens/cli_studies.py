@@ -90,31 +90,40 @@ def run(
     from functools import partial
 
     from layerlens.data import load_data
+    from layerlens.devices import pick_device
+    from layerlens.errors import check_known
     from layerlens.experiments.cost import estimate
-    from layerlens.experiments.engines import make_engine
+    from layerlens.experiments.engines import ENGINES, make_engine
+    from layerlens.experiments.engines.local import LocalEngine
     from layerlens.experiments.grid import make_plan
     from layerlens.experiments.results import collect
-    from layerlens.experiments.runner import run_plan
+    from layerlens.experiments.runner import check_patience, run_plan
     from layerlens.experiments.store import Store
 
     chosen = _study(what, scale, name, seeds, {"model": model, "data": data, "epochs": epochs})
+    more, here = _pairs(options), engine == "local"
+    check_known("engine", engine, ENGINES)
+    check_patience(retries, limit_s)
+    if here or dry_run:
+        pick_device(device)
     plan, place = make_plan(chosen, load=partial(load_data, download=download)), Store(store)
     if dry_run:
-        cost = estimate(plan, place, workers=workers or _workers(), device=device, say=_say)
-        _show_cost(cost, as_json)
+        at_once = len(LocalEngine(workers=workers, threads=threads, **(more if here else {})).workers)
+        _show_cost(estimate(plan, place, workers=at_once, device=device, say=_say), as_json)
         return
-    made = make_engine(engine, workers=workers, threads=threads, **_pairs(options))
+    made = make_engine(engine, workers=workers, threads=threads, **more)
     with _bar(len(plan.distinct), chosen.name) as advance:
         outcome = run_plan(
             plan, place, made, retries=retries, limit_s=limit_s, device=device, progress=advance, say=_say
         )
-    found = collect(place, chosen.name)
-    folder = _write(found, place.study_folder(chosen.name))
+    found, folder = collect(place, chosen.name), place.study_folder(chosen.name)
     _show_result(found, None, as_json)
+    undrawn = _write(found, folder)
     if not as_json:
         click.echo(f"\n{len(outcome.done)} runs, {len(outcome.fresh)} of them now; tables, figures and JSON: {folder}")
     if outcome.failed:
         _say(f"{len(outcome.failed)} runs failed; `layerlens study status {chosen.name} --store {store}` says why")
+    if outcome.failed or undrawn:
         sys.exit(1)
 
 
@@ -167,6 +176,8 @@ def table(name: str, store: str, metric: str | None, epoch: int | None, data: st
     found = collect(Store(store), name)
     if form == "long":
         click.echo(found.to_frame().to_csv(index=False), nl=False)
+    elif form != "table" and not found.metrics():
+        raise click.UsageError(f"{name}: its runs are without scores (unlabelled data, or scores = false)")
     elif form == "csv":
         click.echo(found.table(_metric(found, metric), epoch=epoch, data=data).to_csv(index=False), nl=False)
     elif form == "latex":
@@ -227,9 +238,11 @@ def _plain(rows: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _write(found: Any, folder: Path) -> Path:
-    """Result, tables and figures of a study."""
+def _write(found: Any, folder: Path) -> bool:
+    """Result, tables and figures of a study; whether a figure could not be drawn."""
     from layerlens import figures, study_figures
+    from layerlens.errors import LayerlensError
+    from layerlens.experiments.study import Drawing
     from layerlens.experiments.tables import latex
     from layerlens.files import write_atomically, write_json
 
@@ -239,9 +252,16 @@ def _write(found: Any, folder: Path) -> Path:
         metric = _metric(found, None)
         write_atomically(folder / f"{metric}.csv", found.table(metric).to_csv(index=False).encode())
         write_atomically(folder / f"{metric}.tex", latex(found, metric).encode())
-        for name, drawn in study_figures.draw_all(found).items():
-            figures.save_figure(drawn, folder / name, {"study": found.name, "figure": name, "table": "result.json"})
-    return folder
+    undrawn = False
+    for asked in found.study["figures"]:
+        source = {"study": found.name, "figure": asked, "drawn_from": "../result.json"}
+        try:
+            drawn = study_figures.draw(found, Drawing.model_validate(asked))
+            figures.save_figure(drawn, folder / "figures" / asked["name"], source)
+        except LayerlensError as error:  # a word about a figure must not hide hours of training
+            undrawn = True
+            _say(f"figure {asked['name']!r} is not drawn: {error}")
+    return undrawn
 
 
 def _show_cost(cost: Any, as_json: bool) -> None:
@@ -278,14 +298,9 @@ def _pairs(options: tuple[str, ...]) -> dict[str, str]:
     for option in options:
         if "=" not in option:
             raise click.UsageError(f"--option {option!r}; it takes KEY=VALUE")
+        if (key := option.partition("=")[0]) in ("", "name", "workers", "threads"):
+            raise click.UsageError(f"--option {option!r}; option {key!r} is none of an engine, see docs/studies.md")
     return dict(option.split("=", 1) for option in options)
-
-
-def _workers() -> int:
-    """As many as the local engine would start."""
-    from layerlens.experiments.engines.local import LocalEngine
-
-    return len(LocalEngine().workers)
 
 
 def _duration(seconds: float | None) -> str:
@@ -312,16 +327,19 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _bar(total: int, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr that counts runs."""
+    """A progress bar on stderr that counts runs; it begins with the first one."""
     from tqdm import tqdm
 
-    bar = tqdm(total=total, desc=title, unit="run", file=sys.stderr)
+    bars: list[Any] = []
 
     def advance(done: int, _of: int, line: str) -> None:
-        bar.set_postfix_str(line, refresh=False)
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(tqdm(total=total, desc=title, unit="run", file=sys.stderr))
+        bars[0].set_postfix_str(line, refresh=False)
+        bars[0].update(done - bars[0].n)
 
     try:
         yield advance
     finally:
-        bar.close()
+        for bar in bars:
+            bar.close()

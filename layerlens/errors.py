@@ -90,6 +90,8 @@ def check_known(kind: str, name: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     if name in names:
         return
+    if not names:
+        raise UnknownNameError(f"unknown {kind} {name!r}; there is none here")
     hint, everything = closest(name, names), f"allowed: {', '.join(names)}"
     raise UnknownNameError(f"unknown {kind} {name!r}; {hint}" + ("" if hint == everything else f" ({everything})"))
 

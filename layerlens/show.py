@@ -13,6 +13,8 @@ def show(rows: list[dict[str, Any]], as_json: bool, columns: list[str] | None = 
     if as_json:
         click.echo(json.dumps(rows if len(rows) != 1 else rows[0], allow_nan=False))
         return
+    if not rows:
+        return
     names = columns or list(rows[0])
     cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]

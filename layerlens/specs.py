@@ -78,7 +78,7 @@ def call_factory(spec: Spec, options: dict[str, Any], known: Iterable[str] = ())
         raise UnknownNameError(f"{spec.kind} has no callable {spec.argument!r}; {closest(spec.argument, public)}")
     try:
         return factory(**options)
-    except LayerlensError:
+    except (LayerlensError, MemoryError):
         raise
     except Exception as error:  # whatever that function raises
         raise ConfigError(f"{spec.text!r} failed: {type(error).__name__}: {error}") from error

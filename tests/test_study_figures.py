@@ -50,14 +50,20 @@ def study(*settings, seeds=3, data=("",), similarity=(), **says):
     runs = [
         {
             "key": f"{s['arm']}{s['values']}{seed}", "arm": s["arm"], "baseline": s["baseline"], "start": s["start"],
-            "values": s["values"], "seed": seed, "wall_s": 1.0, "advice": [], "environment": {},
+            "values": s["values"], "seed": seed, "data": "digits", "wall_s": 1.0, "advice": [], "environment": {},
             "scores": {d: rows(s["mean"] + 0.1 * (seed - 1) - 0.05 * k) for k, d in enumerate(data)},
         }
         for s in settings
         for seed in (range(seeds) if seeds > 1 else [1])
     ]  # fmt: skip
     return StudyResult(
-        name="made", study=says, runs=tuple(runs), similarity=tuple(similarity), failed={}, missing=0, environment={}
+        name="made",
+        study={"starts": {}, **says},
+        runs=tuple(runs),
+        similarity=tuple(similarity),
+        failed={},
+        missing=0,
+        environment={},
     )
 
 

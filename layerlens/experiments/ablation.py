@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from layerlens.analysis.results import Result
-from layerlens.errors import DataError
+from layerlens.errors import DataError, check_known
 from layerlens.experiments.results import Interval, StudyResult, interval
 
 
@@ -32,6 +33,8 @@ class FreezeEffect:
     def __str__(self) -> str:
         d, what = self.difference, f"From {self.start} weights, freezing what lies before the target"
         size = f"{abs(100 * d.mean):.1f} points (95 % {_points(d, abs_of=d.mean)}, {d.n} seeds)"
+        if d.n == 1:
+            return f"{what} rather than after it: {_signed(d)} in a single seed, which shows nothing."
         if not (d.low > 0 or d.high < 0):
             return f"{what} or after it makes no difference that {d.n} seeds can tell: {_signed(d)}."
         better, worse = ("less", "after") if d.mean > 0 else ("more", "before")
@@ -43,42 +46,65 @@ class FreezeEffect:
 def freeze_effects(result: StudyResult, metric: str = "probe") -> list[FreezeEffect]:
     """Freeze-before and freeze-after against the unfrozen run, per start; arms with the axes `part` and `layer`.
 
-    A layer counts where every seed has all three runs.
+    A layer counts where a seed has all three runs, a seed where it has every layer that counts, and a start where it
+    has such a seed.
 
     Raises:
-        DataError: The study froze nothing, or has no unfrozen runs beside.
+        DataError: The study froze nothing, has no unfrozen runs beside, or is not that far.
+        UnknownNameError: No run has that score.
     """
     starts = list(dict.fromkeys(run["start"] for run in result.runs if "part" in run["values"]))
-    found = [_freeze_effect(result, metric, start) for start in starts]
-    if not found:
+    if not starts:
         raise DataError(f"{result.name!r} has no runs with an axis freeze.part; `layerlens study list` names one")
+    _check_accuracy(result, metric)
+    found = [effect for start in starts if (effect := _freeze_effect(result, metric, start)) is not None]
+    if not found:
+        raise DataError(f"no seed of {result.name!r} has every run from {starts[0] or 'random'} weights yet")
     return found
 
 
-def _freeze_effect(result: StudyResult, metric: str, start: str | None) -> FreezeEffect:
+def _freeze_effect(result: StudyResult, metric: str, start: str | None) -> FreezeEffect | None:
     here = [run for run in result.runs if run["start"] == start and "layer" in run["values"]]
-    frozen = [run for run in here if "part" in run["values"]]
-    free = {run["arm"] for run in here if "part" not in run["values"]}
-    if len(free) != 1:
-        raise DataError(f"{result.name!r} needs one unfrozen arm with the axis layer from {start or 'random'} weights")
-    arm, unfrozen = frozen[0]["arm"], free.pop()
+    frozen = list(dict.fromkeys(run["arm"] for run in here if "part" in run["values"]))
+    free = list(dict.fromkeys(run["arm"] for run in here if "part" not in run["values"]))
+    for kind, arms in (("frozen", frozen), ("unfrozen", free)):
+        if len(arms) != 1:
+            raise DataError(
+                f"{result.name!r} needs one {kind} arm with the axis layer from {start or 'random'} weights, got {arms}"
+            )
     costs: dict[str, dict[str, dict[int, float]]] = {"before": {}, "after": {}}
-    for layer in dict.fromkeys(run["values"]["layer"] for run in frozen):
-        beside = result.scores(metric, arm=unfrozen, layer=layer)
-        for part, kept in costs.items():
-            scores = result.scores(metric, arm=arm, layer=layer, part=part)
-            kept[layer] = {seed: scores[seed] - beside[seed] for seed in scores if seed in beside}
-    seeds = set.intersection(*(set(cost) for kept in costs.values() for cost in kept.values()))
+    for layer in dict.fromkeys(run["values"]["layer"] for run in here):
+        beside = _scores(here, metric, result, arm=free[0], layer=layer)
+        parts = {part: _scores(here, metric, result, arm=frozen[0], layer=layer, part=part) for part in costs}
+        if not beside.keys() & parts["before"].keys() & parts["after"].keys():
+            continue
+        for part, scores in parts.items():
+            costs[part][layer] = {seed: scores[seed] - beside[seed] for seed in scores if seed in beside}
+    every = [set(cost) for kept in costs.values() for cost in kept.values()]
     per_seed = [
         float(np.mean([costs["before"][layer][seed] - costs["after"][layer][seed] for layer in costs["before"]]))
-        for seed in sorted(seeds)
+        for seed in sorted(set.intersection(*every) if every else ())
     ]
     if not per_seed:
-        raise DataError(f"no seed of {result.name!r} has every run from {start or 'random'} weights yet")
+        return None
     means = {part: {k: interval(list(v.values())) for k, v in kept.items()} for part, kept in costs.items()}
     return FreezeEffect(
         start=start or "random", before=means["before"], after=means["after"], difference=interval(per_seed)
     )
+
+
+def _scores(runs: list[dict[str, Any]], metric: str, result: StudyResult, **where: Any) -> dict[int, float]:
+    """Seed -> score of the finished runs with these values; empty where there are none."""
+    arm = where.pop("arm")
+    values = [run["values"] for run in runs if run["arm"] == arm and where.items() <= run["values"].items()]
+    exact = [v for v in values if v.keys() == where.keys()]
+    return result.scores(metric, arm=arm, **where) if exact else {}
+
+
+def _check_accuracy(result: StudyResult, metric: str) -> None:
+    check_known("metric", metric, result.metrics())
+    if metric.startswith(("alignment", "uniformity")):
+        raise DataError(f"{metric} is no accuracy, of which more is better; name another metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +115,40 @@ class AdviceOutcome(Result):
         metric: The score.
         advised: Per seed with an advice: seed, layer, stop_gradient, score, and `rank` among `of` measured settings.
         without: Seeds whose baseline run supported no choice.
-        against: `baseline`, `last layer`, `middle layer` and `mean of all` -> mean difference with interval; the other
-            layers have the stop-gradient of the advice.
+        against: `baseline`, `last layer`, `middle layer` and `mean of all` -> mean difference with interval, over the
+            seeds that have both; the other layers have the stop-gradient of the advice.
+        outside: Seeds that are advised what the sweep did not run: seed, layer, stop_gradient.
+        unfinished: Seeds whose advised run has no score yet.
     """
 
     metric: str
     advised: tuple[dict[str, Any], ...]
     without: tuple[int, ...]
     against: dict[str, dict[str, float]]
+    outside: tuple[dict[str, Any], ...] = ()
+    unfinished: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("advised", "without", "outside", "unfinished"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        known = {
+            name: {k: math.nan if v is None else v for k, v in numbers.items()}
+            for name, numbers in self.against.items()
+        }
+        object.__setattr__(self, "against", known)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.advised)} of {len(self.advised) + len(self.without)} seeds have a supported advice"]
-        for row in self.advised:
-            how = "with" if row["stop_gradient"] else "without"
-            lines.append(
-                f"seed {row['seed']}: {row['layer']} {how} stop-gradient, {self.metric} {row['score']:.4f}, "
-                f"rank {row['rank']} of {row['of']}"
-            )
+        supported = len(self.advised) + len(self.outside) + len(self.unfinished)
+        lines = [f"{supported} of {supported + len(self.without)} seeds have a supported advice"]
+        lines += [
+            f"seed {row['seed']}: {_place(row)}, {self.metric} {row['score']:.4f}, rank {row['rank']} of {row['of']}"
+            for row in self.advised
+        ]
+        lines += [f"seed {row['seed']}: {_place(row)}, which this sweep does not run" for row in self.outside]
+        lines += [f"seed {seed}: its advised run is not finished" for seed in self.unfinished]
         for name, d in self.against.items():
             found = Interval(**{k: d[k] for k in ("mean", "low", "high")}, n=int(d["n"]))
-            lines.append(f"advised minus {name}: {_signed(found)}, {found.n} seeds")
+            lines.append(f"advised minus {name}: {_signed(found)}, {found.n} seed{'s' if found.n > 1 else ''}")
         return "\n".join(lines)
 
 
@@ -119,52 +159,71 @@ def advice_outcome(result: StudyResult, metric: str = "probe", *, arm: str, base
 
     Args:
         result: Of a sweep with the axes `layer` and `stop_gradient`.
-        metric: A score of the last checkpoint.
+        metric: An accuracy of the last checkpoint.
         arm: The augmented runs.
         baseline: The runs without augmentation.
 
     Raises:
-        DataError: The sweep does not hold what is advised, or has no such arms.
+        DataError: The sweep holds nothing of what is advised, or has no such arms; or the metric is no accuracy.
+        UnknownNameError: No run has that score.
     """
-    measured: dict[int, dict[tuple[str, bool], float]] = {}
-    layers: dict[str, None] = {}
-    for line in (run for run in result.runs if run["arm"] == arm):
-        values = line["values"]
-        score = result.scores(metric, arm=arm, **values)[line["seed"]]
-        measured.setdefault(line["seed"], {})[values["layer"], values["stop_gradient"]] = score
-        layers[values["layer"]] = None
+    settings = list(dict.fromkeys(_setting(run) for run in result.runs if run["arm"] == arm))
     plain = {run["seed"]: run for run in result.runs if run["arm"] == baseline}
-    if not measured or not plain:
+    if not settings or not plain:
         raise DataError(f"{result.name!r} needs finished runs of {arm!r} and {baseline!r}")
-    scores = result.scores(metric, arm=baseline)
-    rows = list(_advised(plain, measured))
-    inner = [name for name in layers if name != "input"]
-    places = {"last layer": inner[-1], "middle layer": inner[(len(inner) - 1) // 2]}
-    differences: dict[str, list[float]] = {"baseline": [r["score"] - scores[r["seed"]] for r in rows]}
-    for name, layer in places.items():
-        others = [measured[r["seed"]][layer, r["stop_gradient"]] for r in rows]
-        differences[f"{name} ({layer})"] = [r["score"] - o for r, o in zip(rows, others, strict=True)]
-    differences["mean of all"] = [r["score"] - float(np.mean(list(measured[r["seed"]].values()))) for r in rows]
-    against = {name: asdict(interval(values)) for name, values in differences.items() if values}
-    without = tuple(seed for seed in plain if seed in measured and seed not in {r["seed"] for r in rows})
-    return AdviceOutcome(metric=metric, advised=tuple(rows), without=without, against=against)
+    _check_accuracy(result, metric)
+    scores = {s: result.scores(metric, arm=arm, layer=s[0], stop_gradient=s[1]) for s in settings}
+    seeds = [seed for seed in plain if any(run["seed"] == seed for run in result.runs if run["arm"] == arm)]
+    first = {seed: _setting({"values": plain[seed]["advice"][0]}) for seed in seeds if plain[seed]["advice"]}
+    outside = {seed: where for seed, where in first.items() if where not in settings}
+    if outside and len(outside) == len(first):
+        seed, where = next(iter(outside.items()))
+        raise DataError(f"seed {seed} is advised {where}, which the sweep did not run; add that layer to its axis")
+    rows = [_advised(seed, first[seed], scores) for seed in first if seed in scores.get(first[seed], {})]
+    return AdviceOutcome(
+        metric=metric, advised=tuple(rows), without=tuple(seed for seed in seeds if seed not in first),
+        against=dict(_differences(rows, scores, result.scores(metric, arm=baseline))),
+        outside=tuple({"seed": s, "layer": w[0], "stop_gradient": w[1]} for s, w in outside.items()),
+        unfinished=tuple(s for s, w in first.items() if w in scores and s not in scores[w]),
+    )  # fmt: skip
 
 
-def _advised(
-    plain: dict[int, dict[str, Any]], measured: dict[int, dict[tuple[str, bool], float]]
-) -> Iterator[dict[str, Any]]:
-    for seed, run in plain.items():
-        if not run["advice"] or seed not in measured:
-            continue
-        first, settings = run["advice"][0], measured[seed]
-        where = first["layer"], first["stop_gradient"]
-        if where not in settings:
-            raise DataError(f"seed {seed} is advised {where}, which the sweep did not run; add that layer to its axis")
-        rank = 1 + sum(score > settings[where] for score in settings.values())
-        yield {
-            "seed": seed, "layer": where[0], "stop_gradient": where[1], "score": settings[where], "rank": rank,
-            "of": len(settings),
-        }  # fmt: skip
+Setting = tuple[str, bool]
+
+
+def _setting(run: dict[str, Any]) -> Setting:
+    return run["values"]["layer"], run["values"]["stop_gradient"]
+
+
+def _advised(seed: int, where: Setting, scores: dict[Setting, dict[int, float]]) -> dict[str, Any]:
+    others = [found[seed] for found in scores.values() if seed in found]
+    score = scores[where][seed]
+    return {
+        "seed": seed, "layer": where[0], "stop_gradient": where[1], "score": score,
+        "rank": 1 + sum(other > score for other in others), "of": len(others),
+    }  # fmt: skip
+
+
+def _differences(
+    rows: list[dict[str, Any]], scores: dict[Setting, dict[int, float]], plain: dict[int, float]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """What the advised runs are compared with -> mean difference over the seeds that have both."""
+    inner = [name for name in dict.fromkeys(layer for layer, _ in scores) if name != "input"]
+    last, middle = inner[-1], inner[(len(inner) - 1) // 2]
+    beside: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "baseline": lambda row: plain.get(row["seed"]),
+        f"last layer ({last})": lambda row: scores.get((last, row["stop_gradient"]), {}).get(row["seed"]),
+        f"middle layer ({middle})": lambda row: scores.get((middle, row["stop_gradient"]), {}).get(row["seed"]),
+        "mean of all": lambda row: float(np.mean([s[row["seed"]] for s in scores.values() if row["seed"] in s])),
+    }
+    for name, other in beside.items():
+        found = [row["score"] - known for row in rows if (known := other(row)) is not None]
+        if found:
+            yield name, asdict(interval(found))
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['layer']} {'with' if row['stop_gradient'] else 'without'} stop-gradient"
 
 
 def _points(found: Interval, *, abs_of: float) -> str:

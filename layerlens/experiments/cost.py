@@ -11,8 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from layerlens.analysis.results import Result
 from layerlens.data import Dataset
+from layerlens.errors import require
 from layerlens.experiments.grid import Plan, PlannedRun
 from layerlens.experiments.measuring import measure_run
 from layerlens.experiments.store import Store
@@ -48,6 +51,9 @@ class Cost(Result):
     workers: int
     timed: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timed", tuple(self.timed))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Timed:
@@ -72,7 +78,11 @@ def estimate(
         workers: That share the work.
         device: Where the steps are timed.
         say: Takes a line about each kind that is timed.
+
+    Raises:
+        ConfigError: Fewer than one worker.
     """
+    require(workers >= 1, "workers", workers, "1 or more")
     missing = [r for r in plan.distinct.values() if not store.is_done(r.key, tuple(m.file for m in r.measured))]
     kinds: dict[str, _Timed] = {}
     train_s = measure_s = 0.0
@@ -127,10 +137,10 @@ def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any]
         checkpoint = (folder / result.checkpoints[-1]).stat().st_size
         measure_s = 0.0
         for m in run.measured:
+            data = small if m.data is None else _cut(datasets[m.data], SCORED_IMAGES)
             begin = time.perf_counter()
-            data = small if m.data is None else _cut(datasets[m.data], len(small.x_train))
             measure_run(folder, m.kind, m.file, dataset=data, model=config.model, measure=measure, device=device)
-            share = 1.0 if m.kind == "cka" else len(whole.x_train) / len(small.x_train)
+            share = 1.0 if m.kind == "cka" else len(datasets[m.data or config.data].x_train) / len(data.x_train)
             measure_s += share * (time.perf_counter() - begin) / len(result.checkpoints)
     return _Timed(
         step_s=median(b - a for a, b in pairwise(moments)), measure_s=measure_s, checkpoint=checkpoint,
@@ -139,12 +149,14 @@ def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any]
 
 
 def _cut(dataset: Dataset, count: int) -> Dataset:
-    """The first images of both splits, in the proportion of the whole."""
+    """Some images of both splits, in the proportion of the whole; at random, as data may be sorted by class."""
     if count >= len(dataset.x_train):
         return dataset
+    rows = torch.randperm(len(dataset.x_train), generator=torch.Generator().manual_seed(0))[:count]
     other = max(count * len(dataset.x_test) // len(dataset.x_train), 8)
+    queries = torch.randperm(len(dataset.x_test), generator=torch.Generator().manual_seed(0))[:other]
     return replace(
-        dataset, x_train=dataset.x_train[:count], x_test=dataset.x_test[:other],
-        y_train=None if dataset.y_train is None else dataset.y_train[:count],
-        y_test=None if dataset.y_test is None else dataset.y_test[:other],
+        dataset, x_train=dataset.x_train[rows], x_test=dataset.x_test[queries],
+        y_train=None if dataset.y_train is None else dataset.y_train[rows],
+        y_test=None if dataset.y_test is None else dataset.y_test[queries],
     )  # fmt: skip

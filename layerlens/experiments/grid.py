@@ -16,10 +16,24 @@ from layerlens.errors import ConfigError, LayerlensError
 from layerlens.experiments.study import WORDS, Arm, Axes, Measure, Study, axis_name
 from layerlens.layers import INPUT, discover
 from layerlens.training.config import RunConfig, make_config, overlay
-from layerlens.training.loop import resolve
+from layerlens.training.loop import check_run, resolve
 from layerlens.training.network import adalase_layers, build_network
 
 Load = Callable[[str], Dataset]
+HARMLESS = (
+    "seed",
+    "epochs",
+    "learning_rate",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_from",
+    "temperature",
+    "loss_scale",
+    "knn_every",
+    "keep_every",
+)  # settings that never keep a run from beginning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,7 @@ class _Planner:
     def __init__(self, study: Study, load: Load) -> None:
         self.study, self.load = study, load
         self.datasets: dict[str, Dataset] = {}
+        self.checked: set[str] = set()
         self.fingerprints: dict[str, str] = {}
         self.layers: dict[tuple[str, str, str, str], list[str]] = {}
         self.started: dict[tuple[str, int, str], str] = {}  # (start, seed, shared values) -> key
@@ -156,6 +171,7 @@ class _Planner:
             config = make_config({**_at(base, values), "seed": seed})
             dataset = self._dataset(config.data)
             resolved = resolve(config, dataset, fingerprint_of_data=self.fingerprints[config.data])
+            self._check(resolved, dataset)
         except LayerlensError as error:
             raise type(error)(f"{self.study.name}, {_label(name, values)}: {error}") from error
         identity = resolved.identity()
@@ -165,6 +181,13 @@ class _Planner:
             values={axis_name(axis): value for axis, value in values.items()}, seed=seed, config=resolved,
             measured=tuple(self._measured(resolved, arm.transfer if arm else ())),
         )  # fmt: skip
+
+    def _check(self, config: RunConfig, dataset: Dataset) -> None:
+        """See that such a run can begin; once for all runs that differ in numbers that can't hinder it."""
+        kind = repr(config.model_copy(update=dict.fromkeys(HARMLESS) | {"augment": _where(config)}))
+        if kind not in self.checked:
+            check_run(config, dataset)
+            self.checked.add(kind)
 
     def _measured(self, config: RunConfig, transfer: Iterable[str]) -> Iterator[Measured]:
         measure = self.study.measure
@@ -205,7 +228,7 @@ class _Planner:
             else:
                 self.layers[sought] = [f.name for f in discover(network, example) if f.index is not None]
         names = self.layers[sought]
-        chosen = [name for name in names if (with_input or name != INPUT) and (with_last or name != names[-1])]
+        chosen = [name for name in names if (with_input or name != INPUT) and (with_last or kinds or name != names[-1])]
         if not chosen:
             raise ConfigError(f"{words!r} of {config.model!r} are none; name the layers")
         return chosen
@@ -215,6 +238,11 @@ class _Planner:
             self.datasets[spec] = self.load(spec)
             self.fingerprints[spec] = self.datasets[spec].fingerprint()
         return self.datasets[spec]
+
+
+def _where(config: RunConfig) -> Any:
+    """[augment] without its numbers."""
+    return config.augment and config.augment.model_copy(update={"rate": 0.0, "fraction": 0.0, "stop_gradient": False})
 
 
 def _at(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerlens.errors import DeviceMemoryError, DiskFullError, FolderInUseError, LayerlensError
+from layerlens.errors import ConfigError, DeviceMemoryError, DiskFullError, FolderInUseError, LayerlensError
 
 REFUSED, FAILED, BUSY, FULL, DONE, DIED, LATE = "refused", "failed", "busy", "disk full", "done", "died", "too long"
 
@@ -114,6 +114,8 @@ def _work(job: Job) -> None:
         settings["init"] = str(Path(job.start) / read_result(Path(job.start)).checkpoints[-1])
     config = make_config(settings)
     dataset = _dataset(config.data)
+    if dataset.fingerprint() != config.data_sha256:
+        raise ConfigError(f"the contents of {config.data!r} changed since the study was planned; start it again")
     train(config, folder, dataset=dataset, device=job.device)
     for kind, data, file in job.measured:
         measure_run(

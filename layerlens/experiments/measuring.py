@@ -9,7 +9,7 @@ from layerlens.data import Dataset
 from layerlens.devices import pick_device
 from layerlens.files import write_json
 from layerlens.pipeline import Settings, film_strip
-from layerlens.training.run_folder import locked
+from layerlens.training.run_folder import locked, remove_leftovers
 from layerlens.trajectory import evaluate_run
 
 
@@ -31,6 +31,7 @@ def measure_run(
         FolderInUseError: Another process measures it.
     """
     with locked(folder):
+        remove_leftovers(folder)
         if (folder / file).exists():
             return
         settings = Settings(samples=measure["samples"], batch_size=min(measure["batch_size"], measure["samples"]))

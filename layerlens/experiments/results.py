@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from layerlens.analysis.results import FilmStrip, Result, SimilarityMatrix
-from layerlens.errors import DataError, check_known
+from layerlens.errors import DataError, RunFolderError, check_known
 from layerlens.experiments.store import Store
 from layerlens.files import read_json
 from layerlens.provenance import provenance
 from layerlens.recommendation import recommend
+from layerlens.trajectory import Trajectory
 
+R = TypeVar("R", bound=Result)
 ALWAYS = ("layer", "stop_gradient", "rate")  # columns of every long table
 
 
@@ -57,7 +60,7 @@ class StudyResult(Result):
         study: What it says.
         runs: Of each finished run `key`, `arm`, `baseline`, `start` (an arm's), `values`, `seed`, `data` (trained on),
             `wall_s`, `scores` (data -> one row per kept checkpoint; "" is the run's own data), `advice` (ranked targets
-            that the CKA of this run gives, for runs from random weights) and `environment`.
+            that the CKA of this run gives, for baselines from random weights) and `environment`.
         similarity: Of each setting the mean CKA over seeds at the first and at the last checkpoint.
         failed: Labels of runs that were given up, with their errors.
         missing: Runs that are neither finished nor given up.
@@ -71,6 +74,10 @@ class StudyResult(Result):
     failed: dict[str, str]
     missing: int
     environment: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(self.runs))
+        object.__setattr__(self, "similarity", tuple(self.similarity))
 
     def to_frame(self) -> Any:
         """Long form, one row per number (a pandas DataFrame).
@@ -112,6 +119,7 @@ class StudyResult(Result):
 
         Raises:
             UnknownNameError: No run has that score.
+            DataError: No run has it at that epoch, or on those data.
         """
         check_known("metric", metric, self.metrics())
         found = []
@@ -132,7 +140,20 @@ class StudyResult(Result):
                     score=interval(list(scores.values()), level), gain=gain,
                 )
             )  # fmt: skip
+        if not found:
+            raise DataError(self._nothing(metric, epoch, data))
         return found
+
+    def _nothing(self, metric: str, epoch: int | None, data: str) -> str:
+        """Why no run has a score, and what there is."""
+        known = list(dict.fromkeys(name for run in self.runs for name in run["scores"]))
+        if data not in known:
+            others = ", ".join(repr(name) for name in known if name) or "no other data"
+            return f"{self.name!r} has no scores on {data!r}; there are those on the runs' own data, and on {others}"
+        rows = [row for run in self.runs for row in run["scores"].get(data, []) if row.get(metric) is not None]
+        where = "the last epoch" if epoch is None else f"epoch {epoch}"
+        epochs = ", ".join(str(number) for number in sorted({row["epoch"] for row in rows}))
+        return f"{self.name!r} has no {metric} at {where}; it was measured at {epochs or 'none'}"
 
     def table(self, metric: str = "probe", *, epoch: int | None = None, data: str = "", level: float = 0.95) -> Any:
         """`lines` as a table (a pandas DataFrame): arm, axes, n, mean, low, high, gain, gain_low, gain_high."""
@@ -162,7 +183,9 @@ class StudyResult(Result):
 
         Raises:
             DataError: None has them, or several have.
+            UnknownNameError: No run has that score.
         """
+        check_known("metric", metric, self.metrics())
         chosen = [runs for runs in self._settings() if _fits(runs[0], where)]
         if len(chosen) != 1:
             raise DataError(f"{len(chosen)} settings of {self.name!r} have {where}; needed: one")
@@ -203,8 +226,9 @@ class StudyResult(Result):
         found = {}
         for run in runs:
             rows = [row for row in run["scores"].get(data, []) if epoch is None or row["epoch"] == epoch]
-            if rows and rows[-1].get(metric) is not None:
-                found[run["seed"]] = float(rows[-1][metric])
+            value = rows[-1].get(metric) if rows else None
+            if value is not None and math.isfinite(value):
+                found[run["seed"]] = float(value)
         return found
 
 
@@ -247,17 +271,32 @@ def _read_run(store: Store, planned: dict[str, Any], start: str | None) -> tuple
     scores, strip = {}, None
     for kind, data, file in planned["measured"]:
         if kind == "cka":
-            strip = FilmStrip.from_dict(read_json(folder / file))
+            strip = _read(FilmStrip, folder / file)
         else:
-            scores[data or ""] = read_json(folder / file)["rows"]
+            scores[data or ""] = list(_read(Trajectory, folder / file).rows)
     run = {
         "key": planned["key"], "arm": planned["arm"], "baseline": planned["baseline"], "start": start,
         "values": planned["values"], "seed": planned["seed"], "data": planned["data"],
         "wall_s": result["wall_s"], "scores": scores,
-        "advice": _advice(strip) if strip and planned["start"] is None else [],
+        "advice": _advice(strip) if strip and planned["baseline"] and planned["start"] is None else [],
         "environment": result["environment"],
     }  # fmt: skip
     return run, strip
+
+
+def _read(kind: type[R], path: Path) -> R:
+    """A measurement.
+
+    Raises:
+        RunFolderError: It is damaged, or of a newer layerlens.
+    """
+    try:
+        found = kind.from_dict(read_json(path))
+        if isinstance(found, Trajectory) and not all(isinstance(row, dict) and "epoch" in row for row in found.rows):
+            raise DataError("a row without its epoch")
+    except DataError as error:
+        raise RunFolderError(f"{str(path)!r} can't be read ({error}); delete it to have it made again") from error
+    return found
 
 
 def _advice(strip: FilmStrip) -> list[dict[str, Any]]:

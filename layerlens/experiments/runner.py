@@ -97,12 +97,21 @@ def run_plan(
         DiskFullError: No space left; everything finished is kept.
     """
     try:
-        require(retries >= 0, "retries", retries, "0 or more")
-        require(limit_s >= 0, "limit_s", limit_s, "0 (none) or more")
+        check_patience(retries, limit_s)
         store.write_plan(plan.study.name, manifest(plan))
         return _Runner(plan, store, engine, retries, limit_s, device, progress, say or _silent).run()
     finally:
         engine.close()
+
+
+def check_patience(retries: int, limit_s: float) -> None:
+    """Refuse numbers that can't be.
+
+    Raises:
+        ConfigError: Fewer than no retries, or a limit below 0.
+    """
+    require(retries >= 0, "retries", retries, "0 or more")
+    require(0 <= limit_s < 10**8, "limit_s", limit_s, "0 (none) to 10**8 seconds")
 
 
 def manifest(plan: Plan) -> dict[str, Any]:

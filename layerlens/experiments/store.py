@@ -115,8 +115,10 @@ class Store:
         path = self.run_folder(key) / "result.json"
         if path.exists() and self._result(key) is None:
             aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"result.json.damaged-{n}")).exists())
-            with suppress(FileNotFoundError):  # another process was quicker
+            try:
                 os.replace(path, aside)
+            except FileNotFoundError:  # another process was quicker
+                return
             say(f"{str(path)!r} was damaged; it is {aside.name!r} now and the run is done again")
             self._set_measures_aside(key)
 

@@ -66,7 +66,7 @@ class Drawing(_Strict):
     """
 
     kind: Literal["sweep", "epochs", "similarity", "geometry", "grid", "freeze"]
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="of its files")
     metric: str = "probe"
     x: str = "layer"
     lines: tuple[str, ...] = ()
@@ -164,6 +164,9 @@ class Study(_Strict):
                 yield f"scale {label!r}: unknown setting 'measure.{key}'; {closest(key, Measure.model_fields)}"
             for arm_name, settings in scale.arms.items():
                 yield from _settings_problems(f"scale {label!r}, {arm_name!r}", settings)
+            for arm_name in scale.transfer:
+                if arm_name in self.starts:
+                    yield f"scale {label!r}: transfer of the start {arm_name!r}; only arms are scored on other data"
             for arm_name in (*scale.arms, *scale.transfer):
                 if arm_name not in (*names, *self.starts):
                     yield f"scale {label!r}: no arm {arm_name!r}; {closest(arm_name, [*names, *self.starts])}"
@@ -244,7 +247,7 @@ def axis_name(field: str) -> str:
     ('stop_gradient', 'layer', 'layer')
     """
     name = field.rpartition(".")[2]
-    return "layer" if name == "layers" else name
+    return {"layers": "layer", "data": "trained_on"}.get(name, name)
 
 
 def _settings_problems(where: str, settings: dict[str, Any]) -> Iterator[str]:

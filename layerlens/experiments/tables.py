@@ -10,7 +10,10 @@ from layerlens.errors import DataError
 from layerlens.experiments.ablation import advice_outcome, freeze_effects
 from layerlens.experiments.results import Interval, StudyResult
 
-_ESCAPES = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}"}
+_ESCAPES = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "]": "{]}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
 
 
 def latex(result: StudyResult, metric: str = "probe", *, epoch: int | None = None, data: str = "") -> str:
@@ -28,12 +31,12 @@ def latex(result: StudyResult, metric: str = "probe", *, epoch: int | None = Non
     head = ["arm", *axes, "n", metric, "gain"]
     rows = [
         [
-            line.arm, *(_word(line.values.get(name)) for name in axes), str(line.score.n),
+            _escape(line.arm), *(_escape(_word(line.values.get(name))) for name in axes), str(line.score.n),
             _number(line.score, factor, places), _number(line.gain, factor, places, sign=True),
         ]
         for line in lines
     ]  # fmt: skip
-    body = [" & ".join(_escape(cell) for cell in row) + r" \\" for row in rows]
+    body = [" & ".join(row) + r" \\" for row in rows]
     columns = "l" * (1 + len(axes)) + "r" * 3
     parts = [
         f"% {result.name}: mean over n seeds and half of the 95 % interval; needs the package booktabs",
@@ -59,7 +62,8 @@ def _number(found: Interval | None, factor: float, places: int, *, sign: bool = 
         return "--"
     form = f"{'+' if sign else ''}.{places}f"
     mean = format(factor * found.mean, form)
-    return mean if found.low != found.low else f"${mean} \\pm {factor * (found.mean - found.low):.{places}f}$"
+    reach = "" if found.low != found.low else f" \\pm {factor * (found.mean - found.low):.{places}f}"
+    return f"${mean}{reach}$"
 
 
 def _word(value: Any) -> str:
@@ -69,4 +73,4 @@ def _word(value: Any) -> str:
 
 
 def _escape(cell: str) -> str:
-    return cell if cell.startswith("$") else "".join(_ESCAPES.get(c, c) for c in cell)
+    return "".join(_ESCAPES.get(c, c) for c in cell)

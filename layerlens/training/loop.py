@@ -101,7 +101,8 @@ def train(
         with _memory_errors(config):
             trainer = _Trainer(config, dataset, folder, device, progress, tensorboard)  # refuses before it writes
     else:
-        _refuse_early(config, dataset, device)
+        _check_device(config, device)
+        check_run(config, dataset)
     claim_folder(folder, config)
     with locked(folder):
         claim_folder(folder, config)  # another process may have claimed it at the same moment
@@ -114,14 +115,17 @@ def train(
         return read_result(folder)
 
 
-def _refuse_early(config: RunConfig, dataset: Dataset, device: str) -> None:
-    """What each rank would refuse, found out before anything is written or started."""
-    _check_device(config, device)
+def check_run(config: RunConfig, dataset: Dataset) -> None:
+    """See that a run can begin, on whatever device: its data, its network, its layers, what hangs on them.
+
+    Raises:
+        LayerlensError: What `train` would raise before its first step.
+    """
     _check_labels(config, dataset)
     Order(config, dataset)
     Views(**(config.views or ViewsConfig()).model_dump())
     start = build_start(config, dataset)
-    frozen_modules(config, start.network, start.example)
+    _freeze(start.network, frozen_modules(config, start.network, start.example))
     build_operators(config, start.network, start.example)
 
 
@@ -221,12 +225,7 @@ class _Trainer:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = network.to(self.device)
         frozen = frozen_modules(config, network, start.example)
-        for module in frozen:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-        self.learning = [p for p in network.parameters() if p.requires_grad]
-        if not self.learning:
-            raise ConfigError("nothing is left to train: [freeze] holds every parameter; freeze less")
+        self.learning = _freeze(network, frozen)
         self.network = network
         views = Views(**config.views.model_dump()) if config.views else Views()
         autocast = self.fabric.autocast
@@ -597,6 +596,17 @@ def _fabric(config: RunConfig, device: str) -> Any:
     if config.devices > 1:
         fabric.launch()
     return fabric
+
+
+def _freeze(network: nn.Module, frozen: list[nn.Module]) -> list[nn.Parameter]:
+    """Hold the parameters of some modules, and return those that learn."""
+    for module in frozen:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    learning = [p for p in network.parameters() if p.requires_grad]
+    if not learning:
+        raise ConfigError("nothing is left to train: [freeze] holds every parameter; freeze less")
+    return learning
 
 
 def _optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -8,11 +8,12 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from layerlens.errors import DiskFullError, FolderInUseError, RunFolderError
 from layerlens.files import read_json, write_atomically, write_json
@@ -94,7 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stream = stack.enter_context((folder / ".lock").open("w"))
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(stream)
         except BlockingIOError as error:
             raise FolderInUseError(
                 f"another process is training in {str(folder)!r}; wait for it or choose another --out"
@@ -104,9 +105,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _lock(stream: TextIO) -> None:
+    """Take the lock; somebody who only looks whether it is held has it for a moment."""
+    for wait_s in (0.05, 0.2):
+        with suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(wait_s)
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Half-written files of processes that were killed; only for who holds the folder's lock."""
-    for path in (*folder.glob(".?*.?*.*"), *folder.glob("checkpoints/.?*")):
+    for path in (*folder.glob(".?*.?*.*"), *folder.glob("checkpoints/.?*"), *folder.glob("analysis/.?*")):
         path.unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from layerlens.errors import ConfigError, check_known
+from layerlens.errors import check_known
 from layerlens.experiments.job import Ended, Job
 
 ENGINES = ("local", "ray", "slurm")
@@ -56,6 +56,4 @@ def make_engine(name: str, *, workers: int | None = None, threads: int | None = 
         return SlurmEngine(workers=workers, threads=threads, **options)
     from layerlens.experiments.engines.local import LocalEngine
 
-    if options:
-        raise ConfigError(f"engine option {next(iter(options))!r}; the local engine has none but workers and threads")
-    return LocalEngine(workers=workers, threads=threads)
+    return LocalEngine(workers=workers, threads=threads, **options)

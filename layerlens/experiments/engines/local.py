@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import threading
@@ -12,7 +13,7 @@ from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
-from layerlens.errors import require
+from layerlens.errors import ConfigError, require
 from layerlens.experiments.job import DIED, LATE, Ended, Job, perform
 from layerlens.training.launch import end_with_parent, interrupts_held
 
@@ -27,10 +28,12 @@ class LocalEngine:
         threads: Of each; the cores divided among them by default.
 
     Raises:
-        ConfigError: Fewer than one worker or thread.
+        ConfigError: Fewer than one worker or thread, or another option.
     """
 
-    def __init__(self, *, workers: int | None = None, threads: int | None = None) -> None:
+    def __init__(self, *, workers: int | None = None, threads: int | None = None, **unknown: Any) -> None:
+        for name in unknown:
+            raise ConfigError(f"unknown option {name!r} of the engine local; it has none but workers and threads")
         gpus, cores = _gpus(), len(os.sched_getaffinity(0))
         count = workers if workers is not None else len(gpus) or cores
         require(count >= 1, "workers", workers, "1 or more")
@@ -125,6 +128,7 @@ class _Worker:
 def _serve(pipe: Any) -> None:
     """Take jobs until the parent is gone."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    faulthandler.enable()  # a crash says where, in the log of its run
     while True:
         try:
             job = pipe.recv()

@@ -159,7 +159,12 @@ def _load() -> Any:
         raise ExtraMissingError('--engine ray needs Ray: pip install "layerlens-torch[ray]"')
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    return importlib.import_module("ray")
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ExtraMissingError(
+            f'Ray is installed but broken ({error}); install it anew: pip install "layerlens-torch[ray]"'
+        ) from error
 
 
 def _connect(ray: Any, address: str, cores: int) -> None:

@@ -297,7 +297,12 @@ def _read(options: dict[str, Any]) -> dict[str, Any]:
 def _load() -> Any:
     if find_spec("submitit") is None:
         raise ExtraMissingError('--engine slurm needs submitit: pip install "layerlens-torch[slurm]"')
-    return importlib.import_module("submitit")
+    try:
+        return importlib.import_module("submitit")
+    except ImportError as error:
+        raise ExtraMissingError(
+            f'submitit is installed but broken ({error}); install it anew: pip install "layerlens-torch[slurm]"'
+        ) from error
 
 
 def _check_slurm() -> None:
