@@ -34,6 +34,7 @@ HARMLESS = (
     "knn_every",
     "keep_every",
 )  # settings that never keep a run from beginning
+IMAGES = ("train_samples", "holdout", "batch_size")  # and these only where there are too few images
 
 
 @dataclass(frozen=True, kw_only=True)
