@@ -18,6 +18,7 @@ from layerlens.layers import INPUT, discover
 from layerlens.training.config import RunConfig, make_config, overlay
 from layerlens.training.loop import check_run, resolve
 from layerlens.training.network import adalase_layers, build_network
+from layerlens.training.order import Order
 
 Load = Callable[[str], Dataset]
 HARMLESS = (
@@ -185,10 +186,13 @@ class _Planner:
 
     def _check(self, config: RunConfig, dataset: Dataset) -> None:
         """See that such a run can begin; once for all runs that differ in numbers that can't hinder it."""
-        kind = repr(config.model_copy(update=dict.fromkeys(HARMLESS) | {"augment": _where(config)}))
-        if kind not in self.checked:
+        plain = config.model_copy(update={**dict.fromkeys(HARMLESS), "augment": _where(config)})
+        images, network = repr(plain), repr(plain.model_copy(update=dict.fromkeys(IMAGES)))
+        if images not in self.checked:
+            Order(config, dataset)
+        if network not in self.checked:
             check_run(config, dataset)
-            self.checked.add(kind)
+        self.checked |= {images, network}
 
     def _measured(self, config: RunConfig, transfer: Iterable[str]) -> Iterator[Measured]:
         measure = self.study.measure
