@@ -78,6 +78,8 @@ def test_notebook_is_committed_without_outputs(path):
 def test_notebook_runs(path, workplace, monkeypatch):
     folder = workplace / "analysis_notebooks"
     folder.mkdir(exist_ok=True)
+    if not (workplace / "figures").exists():
+        (workplace / "figures").symlink_to(ROOT / "figures")
     program = (
         "import nbformat, sys\nfrom nbclient import NotebookClient\n"
         "book = nbformat.read(sys.argv[1], as_version=4)\n"

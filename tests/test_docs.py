@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import layerlens as ll
 from layerlens.cli import cli
+from layerlens.experiments.engines import ENGINES
+from layerlens.experiments.study import SCALES, WORDS, Arm, Drawing, Measure, Study, make_study, study_names
 from layerlens.models import FAMILIES
 from layerlens.training.config import TABLES, make_config, parse_config
 from layerlens.training.recipes import recipe_names
@@ -65,12 +68,42 @@ def test_the_readme_names_every_command_and_only_commands_that_exist():
 
 
 @pytest.mark.parametrize(
-    "line", [line for block in blocks(README, "sh")[2:] for line in block.replace("\\\n", "").splitlines()]
+    "line",
+    [
+        line
+        for block in (*blocks(README, "sh")[2:], *blocks(DOCS["studies.md"], "sh"))
+        for line in block.replace("\\\n", "").splitlines()
+    ],
 )
-def test_the_options_in_the_readme_exist(line):
-    _, command, *words = line.split()
-    known = {option for p in cli.commands[command].params for option in (*p.opts, *p.secondary_opts)}
+def test_the_options_in_the_readme_and_the_docs_exist(line):
+    _, name, *words = line.partition("#")[0].split()
+    command = cli.commands[name]
+    while isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
+    known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_study_file_of_the_docs_is_accepted_and_names_every_field():
+    (text,) = blocks(DOCS["studies.md"], "toml")
+    content = parse_config(text, "studies.md")
+    made = make_study({"name": "sweep", **content})
+    assert len(made.arms) == 2
+    assert {"name", "scales", *content} == set(Study.model_fields)
+    for kind, holders in ((Arm, content["arms"]), (Drawing, content["figures"]), (Measure, [content["measure"]])):
+        assert {field for holder in holders for field in holder} >= set(kind.model_fields) - {
+            "protocol",
+            "arms",
+            "transfer",
+        }
+
+
+def test_the_docs_name_every_scale_word_and_engine():
+    text = DOCS["studies.md"]
+    assert all(f"`{word}`" in text or f'"{word}"' in text for word in (*WORDS, *ENGINES))
+    assert all(f"[scales.{scale}]" in text for scale in SCALES)
+    assert set(re.findall(r"study run ([a-z][\w-]+)(?= )", text + README)) <= set(study_names())
 
 
 def settings_of_the_docs() -> list[dict[str, Any]]:

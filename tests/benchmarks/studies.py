@@ -75,19 +75,25 @@ def scaling(place: Path) -> dict:
 def status(place: Path) -> dict:
     """Seconds of `layerlens study status` over many finished runs, from the shell, Python's start included."""
     store, rows = Store(place / "status"), []
-    result = {"wall_s": 1.0, "checkpoints": [], "environment": provenance()}
+    result = {
+        "run": "x", "epochs": 30, "loss": 1.0, "knn": 0.5, "wall_s": 1.0, "environment": provenance(),
+        "checkpoints": [f"checkpoints/epoch-{epoch:04d}.safetensors" for epoch in (0, 15, 30)],
+    }  # fmt: skip
     for k in range(ROWS):
         key = f"{k:016x}"
         folder = store.run_folder(key)
-        (folder / "analysis").mkdir(parents=True)
+        for part in ("analysis", "checkpoints"):
+            (folder / part).mkdir(parents=True)
+        for name in result["checkpoints"]:
+            (folder / name).touch()
         (folder / "result.json").write_text(json.dumps(result))
         files = ["analysis/study-cka-0.json", "analysis/study-scores-0.json"]
         for file in files:
             (folder / file).write_text("{}")
         values = {"layer": "layer4", "stop_gradient": True}
         rows.append(
-            {"key": key, "arm": "a", "baseline": False, "start": None, "values": values, "seed": k, "epochs": 30,
-             "files": files, "measured": []}
+            {"key": key, "arm": "a", "baseline": False, "start": None, "values": values, "seed": k, "data": "digits",
+             "epochs": 30, "files": files, "measured": []}
         )  # fmt: skip
     store.write_plan("many", {"study": {}, "runs": rows})
     words = [sys.executable, "-m", "layerlens", "study", "status", "--store", str(place / "status")]

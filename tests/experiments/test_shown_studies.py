@@ -1,0 +1,67 @@
+"""The studies behind notebook 02 in small: every layer, stop and no stop, frozen before and after, five seeds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerlens.experiments.ablation import advice_outcome, freeze_effects
+from layerlens.experiments.results import StudyResult
+from layerlens.experiments.runner import run_study
+from layerlens.experiments.study import Study, make_study, read_study
+from layerlens.files import read_json
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"model": "resnet18-cifar,width=4", "epochs": 2, "train_samples": 192, "batch_size": 64, "keep_every": 2}
+
+
+def small(name: str, layers: list[str]) -> Study:
+    """A study of the notebook with its five seeds, at a size for CI."""
+    content: dict[str, Any] = read_study(ROOT / "analysis_notebooks" / f"{name}.toml").model_dump()
+    content["base"] |= SMALL
+    for arm in content["arms"]:
+        if arm["axes"]:
+            arm["axes"]["augment.layer"] = layers
+    return make_study(content)
+
+
+@pytest.mark.slow
+def test_a_layer_sweep_with_five_seeds_says_whether_the_advice_was_good(tmp_path: Path):
+    study = small("layer_sweep_digits", ["input", "layer2", "layer4"])
+    found = run_study(study, tmp_path / "store", workers=2, device="cpu")
+    assert (len(found.runs), found.missing, found.failed) == (35, 0, {})
+    lines = found.lines("knn")
+    assert [line.score.n for line in lines] == [5] * 7
+    assert all(line.gain is not None and line.gain.n == 5 for line in lines if not line.baseline)
+    stop, no_stop = (
+        found.scores("knn", arm="Deep Augmentation", layer="input", stop_gradient=flag) for flag in (True, False)
+    )
+    assert stop == no_stop  # nothing learns before the input, so there is no gradient to stop
+    advised = [run["seed"] for run in found.runs if run["baseline"] and run["advice"]]
+    try:
+        outcome = advice_outcome(found, "knn", arm="Deep Augmentation", baseline="SimCLR")
+    except Exception as error:  # the small sweep may lack every advised layer, and then says so
+        assert advised and "add that layer to its axis" in str(error)
+        return
+    assert {row["seed"] for row in (*outcome.advised, *outcome.outside)} == set(advised)
+    assert len(outcome.without) == 5 - len(advised)
+
+
+@pytest.mark.slow
+def test_a_freeze_ablation_with_five_seeds_sums_itself_up_for_every_start(tmp_path: Path):
+    study = small("freeze_ablation_digits", ["layer2", "layer4"])
+    found = run_study(study, tmp_path / "store", workers=2, device="cpu")
+    assert (found.missing, found.failed) == (0, {})
+    effects = freeze_effects(found, "knn")
+    assert [effect.start for effect in effects] == ["pretrained", "random", "pretrained-dropout"]
+    assert all(list(effect.before) == list(effect.after) == ["layer2", "layer4"] for effect in effects)
+    assert all(effect.difference.n == 5 for effect in effects)
+    assert all(str(effect).startswith(f"From {effect.start} weights") for effect in effects)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("layer_sweep_digits", 85), ("freeze_ablation_digits", 285)])
+def test_the_committed_results_are_of_the_committed_studies(name: str, runs: int):
+    found = StudyResult.from_dict(read_json(ROOT / "figures" / name / "result.json"))
+    assert found.study == read_study(ROOT / "analysis_notebooks" / f"{name}.toml").model_dump(mode="json")
+    assert (len(found.runs), found.missing, found.failed) == (runs, 0, {})
+    assert {run["seed"] for run in found.runs} == {0, 1, 2, 3, 4}
