@@ -21,16 +21,32 @@ class FreezeEffect:
     Attributes:
         start: `random`, or the name of the start.
         before, after: Layer -> gain over the unfrozen run with the same target, seed by seed.
-        difference: Of the two, before minus after, mean over layers of each seed; above 0 where it is the layers after
-            the target that must learn.
+        at: Layer -> difference of the two, before minus after, seed by seed.
+        difference: Its mean over the layers of each seed; above 0 where it is the layers after the target that must
+            learn.
     """
 
     start: str
     before: dict[str, Interval]
     after: dict[str, Interval]
+    at: dict[str, Interval]
     difference: Interval
 
     def __str__(self) -> str:
+        return f"{self._overall()} {self._by_layer()}" if len(self.at) > 1 else self._overall()
+
+    def _by_layer(self) -> str:
+        """At which targets the one costs more, beyond chance, and at which the other."""
+        sides = {
+            "before": [layer for layer, d in self.at.items() if d.high < 0],
+            "after": [layer for layer, d in self.at.items() if d.low > 0],
+        }
+        told = [f"freezing {part} costs more at {', '.join(names)}" for part, names in sides.items() if names]
+        rest = [layer for layer in self.at if layer not in (*sides["before"], *sides["after"])]
+        told += [f"undecided at {', '.join(rest)}"] if rest else []
+        return f"Target by target: {'; '.join(told)}."
+
+    def _overall(self) -> str:
         d, what = self.difference, f"From {self.start} weights, freezing what lies before the target"
         size = f"{abs(100 * d.mean):.1f} points (95 % {_points(d, abs_of=d.mean)}, {d.n} seeds)"
         if d.n == 1:
@@ -80,17 +96,22 @@ def _freeze_effect(result: StudyResult, metric: str, start: str | None) -> Freez
             continue
         for part, scores in parts.items():
             costs[part][layer] = {seed: scores[seed] - beside[seed] for seed in scores if seed in beside}
+    both = {
+        layer: {s: costs["before"][layer][s] - cost for s, cost in after.items() if s in costs["before"][layer]}
+        for layer, after in costs["after"].items()
+    }
     every = [set(cost) for kept in costs.values() for cost in kept.values()]
     per_seed = [
-        float(np.mean([costs["before"][layer][seed] - costs["after"][layer][seed] for layer in costs["before"]]))
+        float(np.mean([found[seed] for found in both.values()]))
         for seed in sorted(set.intersection(*every) if every else ())
     ]
     if not per_seed:
         return None
     means = {part: {k: interval(list(v.values())) for k, v in kept.items()} for part, kept in costs.items()}
     return FreezeEffect(
-        start=start or "random", before=means["before"], after=means["after"], difference=interval(per_seed)
-    )
+        start=start or "random", before=means["before"], after=means["after"], difference=interval(per_seed),
+        at={layer: interval(list(found.values())) for layer, found in both.items()},
+    )  # fmt: skip
 
 
 def _scores(runs: list[dict[str, Any]], metric: str, result: StudyResult, **where: Any) -> dict[int, float]:

@@ -92,7 +92,7 @@ def test_the_last_checkpoint_counts():
 def effect(mean: float, low: float, high: float) -> str:
     some = {"a": Interval(mean=0.0, low=0.0, high=0.0, n=3)}
     return str(
-        FreezeEffect(start="x", before=some, after=some, difference=Interval(mean=mean, low=low, high=high, n=3))
+        FreezeEffect(start="x", before=some, after=some, at=some, difference=Interval(mean=mean, low=low, high=high, n=3))
     )
 
 
@@ -123,6 +123,23 @@ def test_an_interval_that_holds_zero_says_that_nothing_is_shown(mean: float):
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.1), (-0.1, 0.0)])
 def test_an_interval_that_ends_at_zero_shows_nothing(low: float, high: float):
     assert "makes no difference" in effect((low + high) / 2, low, high)
+
+
+def test_the_sentence_says_at_which_target_which_side_costs_more():
+    """The mean over layers hides what crosses: before costs more at b, after at a, and at c nobody can tell."""
+    spread = {"a": (0.05, 0.01, 0.09), "b": (-0.05, -0.09, -0.01), "c": (0.0, -0.02, 0.02)}
+    at = {layer: Interval(mean=m, low=low, high=high, n=3) for layer, (m, low, high) in spread.items()}
+    said = str(FreezeEffect(start="x", before=at, after=at, at=at, difference=at["c"]))
+    assert said.endswith(
+        "(95 % -2.0 to +2.0). Target by target: freezing before costs more at b; freezing after costs more at a; "
+        "undecided at c."
+    )
+
+
+def test_the_difference_at_each_target_is_paired_by_seed():
+    (found,) = freeze_effects(study(ablation()))
+    for layer, difference in found.at.items():
+        assert difference.mean == pytest.approx(found.before[layer].mean - found.after[layer].mean)
 
 
 @pytest.mark.parametrize(("better", "word"), [(True, "after"), (False, "before")])
