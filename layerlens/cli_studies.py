@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def run(
     from layerlens.experiments.engines.local import LocalEngine
     from layerlens.experiments.grid import make_plan
     from layerlens.experiments.results import collect
-    from layerlens.experiments.runner import check_patience, run_plan
+    from layerlens.experiments.runner import check_patience, manifest, run_plan
     from layerlens.experiments.store import Store
 
     chosen = _study(what, scale, name, seeds, {"model": model, "data": data, "epochs": epochs})
@@ -108,17 +109,18 @@ def run(
         pick_device(device)
     plan, place = make_plan(chosen, load=partial(load_data, download=download)), Store(store)
     if dry_run:
-        at_once = len(LocalEngine(workers=workers, threads=threads, **(more if here else {})).workers)
-        _show_cost(estimate(plan, place, workers=at_once, device=device, say=_say), as_json)
+        local = LocalEngine(workers=workers, threads=threads, **(more if here else {}))
+        at_once, share = (len(local.workers), local.threads) if here else (workers or 1, threads or 1)
+        _show_cost(estimate(plan, place, workers=at_once, threads=share, device=device, say=_say), as_json)
         return
     made = make_engine(engine, workers=workers, threads=threads, **more)
     with _bar(len(plan.distinct), chosen.name) as advance:
         outcome = run_plan(
             plan, place, made, retries=retries, limit_s=limit_s, device=device, progress=advance, say=_say
         )
-    found, folder = collect(place, chosen.name), place.study_folder(chosen.name)
-    _show_result(found, None, as_json)
+    found, folder = collect(place, chosen.name, plan=manifest(plan)), place.study_folder(chosen.name)
     undrawn = _write(found, folder)
+    _show_result(found, None, as_json)
     if not as_json:
         click.echo(f"\n{len(outcome.done)} runs, {len(outcome.fresh)} of them now; tables, figures and JSON: {folder}")
     if outcome.failed:
@@ -176,8 +178,8 @@ def table(name: str, store: str, metric: str | None, epoch: int | None, data: st
     found = collect(Store(store), name)
     if form == "long":
         click.echo(found.to_frame().to_csv(index=False), nl=False)
-    elif form != "table" and not found.metrics():
-        raise click.UsageError(f"{name}: its runs are without scores (unlabelled data, or scores = false)")
+    elif form != "table" and not found.metrics(data):
+        raise click.UsageError(f"{name}: its runs are without such scores (scores = false, or other data)")
     elif form == "csv":
         click.echo(found.table(_metric(found, metric), epoch=epoch, data=data).to_csv(index=False), nl=False)
     elif form == "latex":
@@ -187,7 +189,7 @@ def table(name: str, store: str, metric: str | None, epoch: int | None, data: st
 
 
 def _study(what: str, scale: str | None, name: str | None, seeds: int | None, given: dict[str, Any]) -> Any:
-    """The study that the words of a command mean."""
+    """The study that the words of a command mean; settings of its own give it a name of its own."""
     from layerlens.experiments.study import make_study, read_study
 
     found = read_study(what)
@@ -196,14 +198,14 @@ def _study(what: str, scale: str | None, name: str | None, seeds: int | None, gi
         _say(f"{what} at --scale hour; smoke and published are the others")
     settings = {key: value for key, value in given.items() if value is not None}
     content = found.at_scale(scale, **settings).model_dump()
-    return make_study(
-        {**content, **({"name": name} if name else {}), **({"seeds": seeds} if seeds is not None else {})}
-    )
+    words = [re.sub(r"[^A-Za-z0-9.]+", "-", str(value)).strip("-.")[:30] for value in settings.values()]
+    content["name"] = name if name is not None else "-".join([content["name"], *words])[:100]
+    return make_study(content if seeds is None else {**content, "seeds": seeds})
 
 
 def _metric(found: Any, metric: str | None) -> str:
     """The asked-for score, or the first of the usual ones that the study has."""
-    known = found.metrics()
+    known = found.metrics("")
     return metric or next((m for m in ("probe", "top1", "knn") if m in known), known[0] if known else "probe")
 
 
@@ -216,8 +218,8 @@ def _show_result(found: Any, metric: str | None, as_json: bool, *, epoch: int | 
     if not found.runs:
         click.echo(f"{found.name}: no run is finished; {found.missing} are missing, {len(found.failed)} failed")
         return
-    if not found.metrics():
-        click.echo(f"{found.name}: {len(found.runs)} runs, without scores (unlabelled data, or scores = false)")
+    if not found.metrics(data):
+        click.echo(f"{found.name}: {len(found.runs)} runs, without such scores (scores = false, or other data)")
         return
     chosen = _metric(found, metric)
     rows = found.table(chosen, epoch=epoch, data=data)
@@ -225,7 +227,7 @@ def _show_result(found: Any, metric: str | None, as_json: bool, *, epoch: int | 
     show(_plain(rows), False)
     if found.missing or found.failed:
         click.echo(f"\n{found.missing} runs are missing, {len(found.failed)} failed")
-    for line in sentences(found, chosen):
+    for line in sentences(found, chosen) if epoch is None and not data else ():
         click.echo(f"\n{line}")
 
 
@@ -248,7 +250,7 @@ def _write(found: Any, folder: Path) -> bool:
 
     write_json(folder / "result.json", found.to_dict())
     write_atomically(folder / "long.csv", found.to_frame().to_csv(index=False).encode())
-    if found.metrics():
+    if found.metrics(""):
         metric = _metric(found, None)
         write_atomically(folder / f"{metric}.csv", found.table(metric).to_csv(index=False).encode())
         write_atomically(folder / f"{metric}.tex", latex(found, metric).encode())

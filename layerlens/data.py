@@ -18,7 +18,7 @@ from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 
 SPLITS = ("train", "test")
-_COMMON = ("normalize", "classes")  # options of every data set
+_COMMON = ("normalize", "classes")  # options of every data set, but of factories only the first
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -135,7 +135,7 @@ def load_data(spec: str, *, download: bool = False) -> Dataset:
         made = _from_factory(parsed)
     else:
         raise UnknownNameError(f"unknown data {spec!r}; {closest(parsed.kind, SOURCES)}, or pkg.module:factory")
-    if "classes" in parsed.options:
+    if "classes" in parsed.options and parsed.kind in SOURCES:  # a factory has options of its own
         made = _of_classes(made, str(parsed.options["classes"]))
     return _with_statistics(made, parsed.options.get("normalize"))
 
@@ -345,7 +345,7 @@ def _npz(spec: Spec, download: bool) -> Dataset:
 
 
 def _from_factory(spec: Spec) -> Dataset:
-    options = {key: value for key, value in spec.options.items() if key not in _COMMON}
+    options = {key: value for key, value in spec.options.items() if key != "normalize"}
     made = call_factory(spec, options, SOURCES)
     if isinstance(made, Dataset):
         return made

@@ -52,6 +52,7 @@ def evaluate_run(
     model: str | None = None,
     k: int = 200,
     protocol: str | None = None,
+    labelled: bool = True,
     settings: Settings | None = None,
     device: str | torch.device = "cpu",
     watch: Watch[Any] | None = None,
@@ -64,6 +65,7 @@ def evaluate_run(
             of the k-NN and the probe's training set, its test split is scored.
         model: Specification, where the run's model is somebody's factory.
         k, protocol: As for `evaluate`.
+        labelled: Whether to score; without, only the geometry is measured, which needs no labels.
         settings: Images and seed of the geometry; `split` is not used, both are measured.
         device: Where to run.
         watch: For a progress bar.
@@ -81,7 +83,8 @@ def evaluate_run(
     for name in see(result.checkpoints, "checkpoints"):
         network, metadata = load_network(folder / name, model=model, dataset=data)
         network = network.to(device)
-        row: dict[str, Any] = {"epoch": metadata.get("epoch"), **evaluate(network, data, k=k, protocol=protocol)}
+        scores = evaluate(network, data, k=k, protocol=protocol) if labelled else {}
+        row: dict[str, Any] = {"epoch": metadata.get("epoch"), **scores}
         for split in reversed(SPLITS):
             where = measure_geometry(network, data, replace(chosen, split=split), views=usual_views(flip=data.flip))
             row |= {f"alignment_{split}": where.alignment, f"uniformity_{split}": where.uniformity}

@@ -188,12 +188,16 @@ def advice_outcome(result: StudyResult, metric: str = "probe", *, arm: str, base
         DataError: The sweep holds nothing of what is advised, or has no such arms; or the metric is no accuracy.
         UnknownNameError: No run has that score.
     """
-    settings = list(dict.fromkeys(_setting(run) for run in result.runs if run["arm"] == arm))
+    planned = result.settings or result.runs  # also what is not finished: it decides which layer is the last
+    settings = list(dict.fromkeys(_setting(run) for run in planned if run["arm"] == arm))
     plain = {run["seed"]: run for run in result.runs if run["arm"] == baseline}
     if not settings or not plain:
         raise DataError(f"{result.name!r} needs finished runs of {arm!r} and {baseline!r}")
     _check_accuracy(result, metric)
-    scores = {s: result.scores(metric, arm=arm, layer=s[0], stop_gradient=s[1]) for s in settings}
+    finished = {_setting(run) for run in result.runs if run["arm"] == arm}
+    scores = {
+        s: result.scores(metric, arm=arm, layer=s[0], stop_gradient=s[1]) if s in finished else {} for s in settings
+    }
     seeds = [seed for seed in plain if any(run["seed"] == seed for run in result.runs if run["arm"] == arm)]
     first = {seed: _setting({"values": plain[seed]["advice"][0]}) for seed in seeds if plain[seed]["advice"]}
     outside = {seed: where for seed, where in first.items() if where not in settings}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -66,7 +65,13 @@ class _Timed:
 
 
 def estimate(
-    plan: Plan, store: Store, *, workers: int, device: str = "auto", say: Callable[[str], None] | None = None
+    plan: Plan,
+    store: Store,
+    *,
+    workers: int,
+    threads: int = 0,
+    device: str = "auto",
+    say: Callable[[str], None] | None = None,
 ) -> Cost:
     """Time a few steps of each kind of run (model, data, objective, batch, operators), and add up what is missing.
 
@@ -76,6 +81,7 @@ def estimate(
         plan: From `make_plan`.
         store: Finished runs there cost nothing.
         workers: That share the work.
+        threads: Of each, on a CPU; 0 for as many as PyTorch uses here.
         device: Where the steps are timed.
         say: Takes a line about each kind that is timed.
 
@@ -92,7 +98,8 @@ def estimate(
         if kind not in kinds:
             if say is not None:
                 say(f"timing {kind}")
-            kinds[kind] = _time(run, plan.datasets, plan.study.measure.model_dump(mode="json"), device)
+            with _threads(threads):
+                kinds[kind] = _time(run, plan.datasets, plan.study.measure.model_dump(mode="json"), device)
         timed, config = kinds[kind], run.config
         left = config.epochs - min(store.epochs_done(run.key), config.epochs)
         kept = len({0, config.epochs, *range(0, config.epochs, config.keep_every)})
@@ -143,9 +150,30 @@ def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any]
             share = 1.0 if m.kind == "cka" else len(datasets[m.data or config.data].x_train) / len(data.x_train)
             measure_s += share * (time.perf_counter() - begin) / len(result.checkpoints)
     return _Timed(
-        step_s=median(b - a for a, b in pairwise(moments)), measure_s=measure_s, checkpoint=checkpoint,
+        step_s=_step_s(moments), measure_s=measure_s, checkpoint=checkpoint,
         state=3 * checkpoint,  # weights, momentum, and what is being written
     )  # fmt: skip
+
+
+def _step_s(moments: list[float]) -> float:
+    """Seconds per step from the moments after each of two epochs' steps.
+
+    The second epoch counts, as a whole: only at the end of an epoch does the host wait for a GPU.
+    """
+    second = moments[len(moments) // 2 - 1 :]
+    return (second[-1] - second[0]) / (len(second) - 1)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch uses so many threads inside the block."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cut(dataset: Dataset, count: int) -> Dataset:

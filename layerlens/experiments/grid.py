@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from layerlens.data import Dataset, load_data
-from layerlens.errors import ConfigError, LayerlensError
+from layerlens.errors import ConfigError, LayerlensError, check_known
+from layerlens.evaluation.probe import PROTOCOLS
 from layerlens.experiments.study import WORDS, Arm, Axes, Measure, Study, axis_name
 from layerlens.layers import INPUT, discover
 from layerlens.training.config import RunConfig, make_config, overlay
@@ -35,6 +36,7 @@ HARMLESS = (
     "knn_every",
     "keep_every",
 )  # settings that never keep a run from beginning
+MEASURED_SCHEMA = 1  # of what `measuring` does; another number measures everything anew
 IMAGES = ("train_samples", "holdout", "batch_size")  # and these only where there are too few images
 
 
@@ -116,6 +118,8 @@ def make_plan(study: Study, *, load: Load | None = None) -> Plan:
         ConfigError: A combination that `RunConfig` refuses, or no run at all; it names the arm and the values.
         DataError: Data are missing.
     """
+    if study.measure.protocol is not None:
+        check_known("protocol", study.measure.protocol, PROTOCOLS)
     planner = _Planner(study, load or load_data)
     runs = (*planner.starts(), *(run for arm in study.arms for run in planner.arm(arm)))
     return Plan(study=study, runs=runs, datasets=planner.datasets)
@@ -126,6 +130,7 @@ class _Planner:
         self.study, self.load = study, load
         self.datasets: dict[str, Dataset] = {}
         self.checked: set[str] = set()
+        self.models: dict[str, str] = {}  # of starts, by key
         self.fingerprints: dict[str, str] = {}
         self.layers: dict[tuple[str, str, str, str], list[str]] = {}
         self.started: dict[tuple[str, int, str], str] = {}  # (start, seed, shared values) -> key
@@ -140,6 +145,7 @@ class _Planner:
             for shared, seed in product(self._values(base, self.study.axes, name), self.study.seed_list):
                 run = self._run(name, base, shared, seed)
                 self.started[name, seed, _text(shared)] = run.key
+                self.models[run.key] = run.config.model
                 yield run
 
     def arm(self, arm: Arm) -> Iterator[PlannedRun]:
@@ -148,9 +154,19 @@ class _Planner:
         for shared in self._values(base, self.study.axes, arm.name):
             for own in self._values(_at(base, shared), arm.axes, arm.name):
                 for seed in self.study.seed_list:
-                    yield self._run(
-                        arm.name, base, {**shared, **own}, seed, start=self._start(arm, shared, seed), arm=arm
-                    )
+                    yield self._from_start(arm, base, shared, own, seed)
+
+    def _from_start(
+        self, arm: Arm, base: dict[str, Any], shared: dict[str, Any], own: dict[str, Any], seed: int
+    ) -> PlannedRun:
+        start = self._start(arm, shared, seed)
+        run = self._run(arm.name, base, {**shared, **own}, seed, start=start, arm=arm)
+        if start is not None and self.models[start] != run.config.model:
+            raise ConfigError(
+                f"{self.study.name}, {arm.name}: model={run.config.model!r}, but its start {arm.start!r} has "
+                f"{self.models[start]!r}; allowed: the same"
+            )
+        return run
 
     def _start(self, arm: Arm, shared: dict[str, Any], seed: int) -> str | None:
         """Key of the run that an arm's run starts from."""
@@ -198,11 +214,22 @@ class _Planner:
         measure = self.study.measure
         if measure.cka:
             yield _measured("cka", None, str(config.data_sha256), measure)
-        if measure.scores and self._dataset(config.data).y_train is not None:
+        if measure.scores:
             yield _measured("scores", None, str(config.data_sha256), measure)
         for data in transfer:
-            self._dataset(data)
+            self._check_transfer(config, data)
             yield _measured("scores", data, self.fingerprints[data], measure)
+
+    def _check_transfer(self, config: RunConfig, data: str) -> None:
+        """See that a network can be scored on other data."""
+        other, own = self._dataset(data), self._dataset(config.data)
+        if other.y_train is None or other.y_test is None:
+            raise ConfigError(f"{self.study.name}: transfer to {data!r}, which has no labels to score")
+        if other.input_shape != own.input_shape:
+            raise ConfigError(
+                f"{self.study.name}: transfer from {config.data!r} with images {own.input_shape} to {data!r} with "
+                f"{other.input_shape}; allowed: images of the same shape"
+            )
 
     def _values(self, base: dict[str, Any], axes: Axes, arm: str) -> Iterator[dict[str, Any]]:
         """Every combination of the axes' values."""
@@ -260,9 +287,10 @@ def _at(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(kind: str, data: str | None, data_sha256: str, measure: Measure) -> Measured:
-    names = {"scores": ("k", "protocol", "samples"), "cka": ("samples", "batch_size")}[kind]
+    names = {"scores": ("k", "protocol", "samples", "batch_size"), "cka": ("samples", "batch_size")}[kind]
     settings = {name: getattr(measure, name) for name in names}
-    digest = hashlib.sha256(json.dumps([kind, data_sha256, settings], sort_keys=True).encode()).hexdigest()
+    content = [MEASURED_SCHEMA, kind, data_sha256, settings]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Measured(kind=kind, data=data, file=f"analysis/study-{kind}-{digest[:12]}.json")
 
 

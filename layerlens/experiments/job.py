@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerlens.errors import ConfigError, DeviceMemoryError, DiskFullError, FolderInUseError, LayerlensError
+from layerlens.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DiskFullError,
+    FolderInUseError,
+    LayerlensError,
+    RunFolderError,
+)
 
 REFUSED, FAILED, BUSY, FULL, DONE, DIED, LATE = "refused", "failed", "busy", "disk full", "done", "died", "too long"
 
@@ -74,7 +81,7 @@ def perform(job: Job) -> Ended:
             return Ended(key=job.key, kind=FULL, error=str(error))
         except Exception as error:  # whatever a model, its data or a device raises: the study goes on without it
             traceback.print_exc()
-            again = isinstance(error, DeviceMemoryError) or not isinstance(error, LayerlensError)
+            again = isinstance(error, DeviceMemoryError | RunFolderError) or not isinstance(error, LayerlensError)
             text = str(error) if isinstance(error, LayerlensError) else f"{type(error).__name__}: {error}"
             return Ended(key=job.key, kind=FAILED if again else REFUSED, error=" ".join(text.split()))
     return Ended(key=job.key, kind=DONE)
@@ -110,18 +117,48 @@ def _work(job: Job) -> None:
         torch.set_num_threads(job.threads)
     keep_freed_memory()
     folder, settings = Path(job.folder), dict(job.settings)
-    if job.start is not None:
-        settings["init"] = str(Path(job.start) / read_result(Path(job.start)).checkpoints[-1])
-    config = make_config(settings)
-    dataset = _dataset(config.data)
-    if dataset.fingerprint() != config.data_sha256:
-        raise ConfigError(f"the contents of {config.data!r} changed since the study was planned; start it again")
-    train(config, folder, dataset=dataset, device=job.device)
+    spec, model = settings["data"], settings["model"]
+    dataset = _dataset(spec)
+    if dataset.fingerprint() != settings["data_sha256"]:
+        raise ConfigError(f"the contents of {spec!r} changed since the study was planned; start it again")
+    if not (folder / "result.json").exists():  # a finished run may have come without its start
+        if job.start is not None:
+            settings["init"] = str(Path(job.start) / read_result(Path(job.start)).checkpoints[-1])
+        config = make_config(settings)
+        _set_other_start_aside(folder, config.init)
+        try:
+            train(config, folder, dataset=dataset, device=job.device)
+        except RunFolderError as error:
+            _set_state_aside(folder, error)
+            raise
     for kind, data, file in job.measured:
-        measure_run(
-            folder, kind, file, dataset=_dataset(data or config.data), model=config.model, measure=job.measure,
-            device=job.device,
-        )  # fmt: skip
+        other = _dataset(data or spec)
+        measure_run(folder, kind, file, dataset=other, model=model, measure=job.measure, device=job.device)
+
+
+def _set_other_start_aside(folder: Path, init: str | None) -> None:
+    """Move away an unfinished run that began from other weights: its start was trained anew since."""
+    from layerlens.files import read_json
+    from layerlens.training.checkpoint import fingerprint
+
+    if init is None or not (folder / "config.json").exists():
+        return
+    began = read_json(folder / "config.json").get("config")
+    if isinstance(began, dict) and began.get("init_sha256") not in (None, fingerprint(init)):
+        aside = _free_name(folder)
+        print(f"its start was trained anew: the unfinished run is {aside.name!r} now, and begins again")
+        os.replace(folder, aside)
+
+
+def _set_state_aside(folder: Path, error: RunFolderError) -> None:
+    """Move a damaged state away, so that the next attempt begins anew."""
+    state = folder / "resume.pt"
+    if f"{str(state)!r} is damaged" in str(error) and state.exists():
+        os.replace(state, _free_name(state))
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for n in range(1, 10**6) if not (p := path.with_name(f".{path.name}.aside-{n}")).exists())
 
 
 _LOADED: dict[str, Any] = {}

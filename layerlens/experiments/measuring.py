@@ -40,5 +40,6 @@ def measure_run(
             found: Any = film_strip(folder, dataset=dataset, model=model, settings=settings, device=where)
         else:
             chosen = {"k": measure["k"], "protocol": measure["protocol"], "settings": settings}
+            chosen["labelled"] = dataset.y_train is not None
             found = evaluate_run(folder, dataset=dataset, model=model, device=where, **chosen)
         write_json(folder / file, found.to_dict())

@@ -62,6 +62,7 @@ class StudyResult(Result):
             `wall_s`, `scores` (data -> one row per kept checkpoint; "" is the run's own data), `advice` (ranked targets
             that the CKA of this run gives, for baselines from random weights) and `environment`.
         similarity: Of each setting the mean CKA over seeds at the first and at the last checkpoint.
+        settings: Each setting that was planned, finished or not, in the order of the study: `arm` and `values`.
         failed: Labels of runs that were given up, with their errors.
         missing: Runs that are neither finished nor given up.
         environment: Where the table was made.
@@ -74,15 +75,18 @@ class StudyResult(Result):
     failed: dict[str, str]
     missing: int
     environment: dict[str, Any]
+    settings: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", tuple(self.settings))
         object.__setattr__(self, "runs", tuple(self.runs))
         object.__setattr__(self, "similarity", tuple(self.similarity))
 
     def to_frame(self) -> Any:
         """Long form, one row per number (a pandas DataFrame).
 
-        Columns: arm, start, key, the axes (layer, stop_gradient and rate always), seed, data, epoch, metric, value.
+        Columns: arm, start, key, the axes, seed, data, epoch, metric, value. layer, stop_gradient and rate are there
+        always: of Deep Augmentation, where they are no axes.
         """
         import pandas as pd
 
@@ -90,7 +94,8 @@ class StudyResult(Result):
         rows = []
         for run in self.runs:
             head = {"arm": run["arm"], "start": run["start"], "key": run["key"]}
-            head |= {axis: run["values"].get(axis) for axis in axes} | {"seed": run["seed"]}
+            operator = run.get("augment") or {}
+            head |= {axis: run["values"].get(axis, operator.get(axis)) for axis in axes} | {"seed": run["seed"]}
             for data, scores in run["scores"].items():
                 for row in scores:
                     rows += [
@@ -101,9 +106,11 @@ class StudyResult(Result):
         columns = ["arm", "start", "key", *axes, "seed", "data", "epoch", "metric", "value"]
         return pd.DataFrame(rows, columns=None if rows else columns)
 
-    def metrics(self) -> list[str]:
-        """Names of all scores that any run has."""
-        rows = (row for run in self.runs for scores in run["scores"].values() for row in scores)
+    def metrics(self, data: str | None = None) -> list[str]:
+        """Names of all scores that any run has, on any data or on these ("" is the runs' own)."""
+        rows = (
+            row for run in self.runs for name, scores in run["scores"].items() if data in (None, name) for row in scores
+        )
         return list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
 
     def lines(
@@ -122,15 +129,16 @@ class StudyResult(Result):
             DataError: No run has it at that epoch, or on those data.
         """
         check_known("metric", metric, self.metrics())
-        found = []
-        for runs in self._settings():
+        found, settings = [], self._settings()
+        baselines = [runs for runs in settings if runs[0]["baseline"]]
+        for runs in settings:
             scores = self._scores(runs, metric, epoch, data)
             if not scores:
                 continue
             first = runs[0]
             gain = None
             alone = first["baseline"] or first["arm"] in self.study["starts"]
-            if not alone and (beside := self._baseline(first)):
+            if not alone and (beside := _baseline(first, baselines)):
                 other = self._scores(beside, metric, epoch, data)
                 pairs = [scores[seed] - other[seed] for seed in scores if seed in other]
                 gain = interval(pairs, level) if pairs else None
@@ -148,8 +156,9 @@ class StudyResult(Result):
         """Why no run has a score, and what there is."""
         known = list(dict.fromkeys(name for run in self.runs for name in run["scores"]))
         if data not in known:
-            others = ", ".join(repr(name) for name in known if name) or "no other data"
-            return f"{self.name!r} has no scores on {data!r}; there are those on the runs' own data, and on {others}"
+            there = ", ".join(repr(name) if name else "the runs' own data" for name in known) or "no data"
+            wanted = repr(data) if data else "the runs' own data"
+            return f"{self.name!r} has no scores on {wanted}; there are those on {there}"
         rows = [row for run in self.runs for row in run["scores"].get(data, []) if row.get(metric) is not None]
         where = "the last epoch" if epoch is None else f"epoch {epoch}"
         epochs = ", ".join(str(number) for number in sorted({row["epoch"] for row in rows}))
@@ -209,18 +218,6 @@ class StudyResult(Result):
             groups.setdefault(repr((run["arm"], run["values"])), []).append(run)
         return list(groups.values())
 
-    def _baseline(self, run: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The baseline on the same data whose values a run all has; of its own start first, with most values next."""
-        fitting = [
-            runs
-            for runs in self._settings()
-            if runs[0]["baseline"]
-            and runs[0]["data"] == run["data"]
-            and runs[0]["values"].items() <= run["values"].items()
-        ]
-        shared = [(r[0]["start"] == run["start"], len(set(r[0]["values"]) & set(run["values"]))) for r in fitting]
-        return fitting[shared.index(max(shared))] if fitting else None
-
     @staticmethod
     def _scores(runs: Iterable[dict[str, Any]], metric: str, epoch: int | None, data: str) -> dict[int, float]:
         found = {}
@@ -232,14 +229,29 @@ class StudyResult(Result):
         return found
 
 
-def collect(store: Store, name: str) -> StudyResult:
+def _baseline(run: dict[str, Any], baselines: list[list[dict[str, Any]]]) -> list[dict[str, Any]] | None:
+    """The baseline on the same data whose values a run all has; of its own start first, with most values next."""
+    fitting = [
+        runs for runs in baselines
+        if runs[0]["data"] == run["data"] and runs[0]["values"].items() <= run["values"].items()
+    ]  # fmt: skip
+    shared = [(runs[0]["start"] == run["start"], len(runs[0]["values"])) for runs in fitting]
+    return fitting[shared.index(max(shared))] if fitting else None
+
+
+def collect(store: Store, name: str, *, plan: dict[str, Any] | None = None) -> StudyResult:
     """Read what a store has of a study; what is missing there is counted, not waited for.
+
+    Args:
+        store: Where the runs lie.
+        name: Of the study.
+        plan: What it wants (`runner.manifest`); what the store keeps under that name by default.
 
     Raises:
         UnknownNameError: No such study was begun there.
         DataError, RunFolderError: A measurement is damaged; it names the file.
     """
-    plan = store.read_plan(name)
+    plan = plan or store.read_plan(name)
     starts = {arm["name"]: arm["start"] for arm in plan["study"]["arms"]}
     runs, strips, failed, missing = [], [], {}, 0
     for planned in plan["runs"]:
@@ -256,8 +268,17 @@ def collect(store: Store, name: str) -> StudyResult:
         strips.append(strip)
     return StudyResult(
         name=name, study=plan["study"], runs=tuple(runs), similarity=tuple(_means(runs, strips)), failed=failed,
-        missing=missing, environment=provenance(),
+        missing=missing, environment=provenance(), settings=tuple(_planned_settings(plan["runs"])),
     )  # fmt: skip
+
+
+def _planned_settings(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    seen = set()
+    for run in runs:
+        setting = {"arm": run["arm"], "values": run["values"]}
+        if repr(setting) not in seen:
+            seen.add(repr(setting))
+            yield setting
 
 
 def label(run: dict[str, Any]) -> str:
@@ -277,6 +298,7 @@ def _read_run(store: Store, planned: dict[str, Any], start: str | None) -> tuple
     run = {
         "key": planned["key"], "arm": planned["arm"], "baseline": planned["baseline"], "start": start,
         "values": planned["values"], "seed": planned["seed"], "data": planned["data"],
+        "augment": planned["augment"],
         "wall_s": result["wall_s"], "scores": scores,
         "advice": _advice(strip) if strip and planned["baseline"] and planned["start"] is None else [],
         "environment": result["environment"],

@@ -65,9 +65,11 @@ def run_study(
         ExtraMissingError: The engine's extra is not installed.
     """
     plan, place = make_plan(study), Store(store)
+    if not isinstance(engine, str):
+        require(workers is None and not options, "workers and options", {"workers": workers, **options}, "with a name")
     made = make_engine(engine, workers=workers, **options) if isinstance(engine, str) else engine
     run_plan(plan, place, made, retries=retries, limit_s=limit_s, device=device, progress=progress, say=say)
-    return collect(place, study.name)
+    return collect(place, study.name, plan=manifest(plan))
 
 
 def run_plan(
@@ -120,6 +122,7 @@ def manifest(plan: Plan) -> dict[str, Any]:
         {
             "key": run.key, "arm": run.arm, "baseline": run.baseline, "start": run.start, "values": run.values,
             "seed": run.seed, "data": run.config.data, "epochs": run.config.epochs,
+            "augment": run.config.augment and run.config.augment.model_dump(include={"layer", "stop_gradient", "rate"}),
             "files": [m.file for m in run.measured],
             "measured": [[m.kind, m.data, m.file] for m in run.measured],
         }
@@ -221,7 +224,7 @@ class _Runner:
         self.epochs[key] = epochs
         self.spent[key] = 0 if further else self.spent.get(key, 0) + 1
         final = ended.kind == REFUSED or self.spent[key] > self.retries
-        self.store.add_failure(key, ended.kind, ended.error, given_up=final)
+        self.store.add_failure(key, ended.kind, ended.error, given_up=final, since=self.log_size[key])
         what = f"{self._label(key)}: {ended.kind}: {ended.error}"
         if final:
             self.say(f"{what}; given up, the study goes on without it (log: {str(self.store.log(key))!r})")

@@ -111,7 +111,7 @@ class Store:
         return 0
 
     def set_damage_aside(self, key: str, say: Callable[[str], None]) -> None:
-        """Move a result that can't be read out of the way, so that the run is done again from its last checkpoint."""
+        """Move a result that can't be read out of the way, so that the run is done again."""
         path = self.run_folder(key) / "result.json"
         if path.exists() and self._result(key) is None:
             aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"result.json.damaged-{n}")).exists())
@@ -120,9 +120,9 @@ class Store:
             except FileNotFoundError:  # another process was quicker
                 return
             say(f"{str(path)!r} was damaged; it is {aside.name!r} now and the run is done again")
-            self._set_measures_aside(key)
+            self._forget_measures(key)
 
-    def _set_measures_aside(self, key: str) -> None:
+    def _forget_measures(self, key: str) -> None:
         """What was measured before a result was damaged is measured again."""
         for path in (self.run_folder(key) / "analysis").glob("study-*.json"):
             path.unlink()
@@ -156,12 +156,12 @@ class Store:
         fine = isinstance(attempts, list) and all(isinstance(a, dict) and "error" in a for a in attempts)
         return {"attempts": attempts, "given_up": known.get("given_up") is True} if fine else NO_FAILURES
 
-    def add_failure(self, key: str, kind: str, error: str, *, given_up: bool) -> None:
-        """Note a failed attempt with the last lines of its log."""
+    def add_failure(self, key: str, kind: str, error: str, *, given_up: bool, since: int = 0) -> None:
+        """Note a failed attempt with the last lines of its log, which begins at so many bytes."""
         known = self.failures(key)
         attempt = {
             "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname(), "kind": kind,
-            "error": error, "log": self.last_lines(key),
+            "error": error, "log": self.last_lines(key, since=since),
         }  # fmt: skip
         content = {"attempts": [*known["attempts"], attempt][-50:], "given_up": given_up}
         write_json(self.folder / "failures" / f"{key}.json", content)
@@ -233,7 +233,9 @@ def _can_be_store(folder: Path) -> bool:
 
 
 def time_left_s(rows: list[Row], workers: int | None = None) -> float | None:
-    """Seconds until a study is done: remaining epochs at the mean pace of its finished runs, shared among workers.
+    """Seconds of training until a study is done, measuring left out.
+
+    That is the remaining epochs at the mean pace of its finished runs, shared among workers.
 
     Args:
         rows: From `Store.status`.

@@ -86,9 +86,9 @@ class Scale(_Strict):
     measure: dict[str, Any] = {}
     transfer: dict[str, tuple[str, ...]] = Field({}, description="other data, by arm")
 
-    @field_validator("seeds")
+    @field_validator("seeds", mode="before")
     @classmethod
-    def _some(cls, value: Seeds | None) -> Seeds | None:
+    def _some(cls, value: Any) -> Seeds | None:
         return None if value is None else _checked(value)
 
 
@@ -119,9 +119,9 @@ class Study(_Strict):
     figures: tuple[Drawing, ...] = ()
     scales: dict[str, Scale] = {}
 
-    @field_validator("seeds")
+    @field_validator("seeds", mode="before")
     @classmethod
-    def _some(cls, value: Seeds) -> Seeds:
+    def _some(cls, value: Any) -> Seeds:
         return _checked(value)
 
     @model_validator(mode="after")
@@ -294,8 +294,10 @@ def _field_problems(where: str, field: str, values: Any) -> Iterator[str]:
         )
 
 
-def _checked(seeds: Seeds) -> Seeds:
-    fine = seeds >= 1 if isinstance(seeds, int) else seeds and len(set(seeds)) == len(seeds) and min(seeds) >= 0
-    if not fine:
+def _checked(seeds: Any) -> Seeds:
+    listed = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in listed)
+    least = 0 if isinstance(seeds, list | tuple) else 1
+    if not whole or not listed or len(set(listed)) != len(listed) or min(listed) < least:
         raise ValueError("allowed: how many, from 1, or a list of different numbers from 0")
-    return seeds
+    return tuple(listed) if isinstance(seeds, list | tuple) else seeds

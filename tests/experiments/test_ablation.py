@@ -92,7 +92,9 @@ def test_the_last_checkpoint_counts():
 def effect(mean: float, low: float, high: float) -> str:
     some = {"a": Interval(mean=0.0, low=0.0, high=0.0, n=3)}
     return str(
-        FreezeEffect(start="x", before=some, after=some, at=some, difference=Interval(mean=mean, low=low, high=high, n=3))
+        FreezeEffect(
+            start="x", before=some, after=some, at=some, difference=Interval(mean=mean, low=low, high=high, n=3)
+        )
     )
 
 

@@ -191,7 +191,7 @@ def test_what_is_measured_has_a_file_of_its_own_for_each_setting_and_each_data()
     usual = files()
     assert len(usual) == 2
     assert len(files(measure={"k": 5}) & usual) == 1, "only the scores depend on k"
-    assert len(files(measure={"batch_size": 50}) & usual) == 1, "only the similarity depends on the batches"
+    assert not files(measure={"batch_size": 50}) & usual, "views are drawn batch by batch, so the geometry moves too"
     assert not files(measure={"samples": 50}) & usual
     assert not files(base={"data": "tiny:1"}) & usual
     assert files(measure={"scores": False}) < usual

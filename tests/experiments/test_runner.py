@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -540,7 +542,9 @@ def test_a_job_in_a_folder_where_another_process_works_is_busy(tmp_path: Path):
 def test_a_layer_that_is_not_there_is_refused_with_its_traceback_in_the_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    _, job, store = real(tmp_path, npz(tmp_path / "a.npz"), augment={"layer": "layer9"})
+    """The plan refuses it already; a job made by hand does so too."""
+    _, job, store = real(tmp_path, npz(tmp_path / "a.npz"), augment={"layer": "blocks.0"})
+    job = dataclasses.replace(job, settings={**job.settings, "augment": {"layer": "layer9"}})
     with capfd.disabled():  # pytest's own stderr is none of the process's
         ended = perform(job)
     assert ended.kind == REFUSED
@@ -577,3 +581,49 @@ def test_data_that_changed_since_the_plan_are_not_trained_on_under_the_old_key(t
     npz(tmp_path / "b.npz", seed=1)
     assert perform(job).kind == REFUSED
     assert not store.is_done(job.key)
+
+
+# --- what a second reading found ---
+
+
+def test_an_unfinished_run_whose_start_was_trained_anew_is_set_aside(tmp_path: Path):
+    _, job, _ = real(tmp_path, npz(tmp_path / "a.npz"))
+    assert perform(job).kind == DONE
+    start = tmp_path / "start"
+    shutil.copytree(job.folder, start)
+    child = dataclasses.replace(job, key="child", folder=str(tmp_path / "child"), start=str(start))
+    assert perform(child).kind == DONE
+    first = (Path(child.folder) / "config.json").read_text()
+    (Path(child.folder) / "result.json").unlink()
+    weights = sorted(start.glob("checkpoints/*.safetensors"))
+    shutil.copy(weights[0], weights[-1])  # another start: its last checkpoint has other weights now
+    assert perform(child).kind == DONE
+    assert (Path(child.folder) / "config.json").read_text() != first
+    (aside,) = tmp_path.glob(".child.aside-*")
+    assert (aside / "config.json").read_text() == first
+
+
+def test_a_finished_run_is_measured_without_its_start(tmp_path: Path):
+    """As after copying its folder alone into another store."""
+    _, job, _ = real(tmp_path, npz(tmp_path / "a.npz"))
+    start = tmp_path / "start"
+    assert perform(job).kind == DONE
+    shutil.copytree(job.folder, start)
+    child = dataclasses.replace(job, key="child", folder=str(tmp_path / "child"), start=str(start))
+    assert perform(child).kind == DONE
+    shutil.rmtree(start)
+    for path in Path(child.folder).glob("analysis/*.json"):
+        path.unlink()
+    assert perform(child).kind == DONE
+    assert all((Path(child.folder) / file).exists() for _, _, file in child.measured)
+
+
+def test_a_damaged_state_is_set_aside_and_the_next_attempt_begins_anew(tmp_path: Path):
+    _, job, _ = real(tmp_path, npz(tmp_path / "a.npz"))
+    assert perform(job).kind == DONE
+    folder = Path(job.folder)
+    (folder / "result.json").unlink()
+    (folder / "resume.pt").write_bytes(b"no state")
+    assert perform(job).kind == FAILED
+    assert perform(job).kind == DONE
+    assert len(list(folder.glob(".resume.pt.aside-*"))) <= 1  # `train` clears what killed processes leave

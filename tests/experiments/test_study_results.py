@@ -418,7 +418,7 @@ def planned(key: str, arm: str = "plain", *, start: str | None = None, seed: int
     return {
         "key": key, "arm": arm, "baseline": arm == "plain", "start": start, "values": values,
         "seed": seed, "data": "digits", "epochs": 2,
-        "files": [CKA, SCORES], "measured": [["cka", None, CKA], ["scores", None, SCORES]],
+        "augment": None, "files": [CKA, SCORES], "measured": [["cka", None, CKA], ["scores", None, SCORES]],
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class LocalEngine:
         count = workers if workers is not None else len(gpus) or cores
         require(count >= 1, "workers", workers, "1 or more")
         require(threads is None or threads >= 1, "threads", threads, "1 or more")
-        share = threads or max(cores // count, 1)
+        self.threads = share = threads or max(cores // count, 1)
         self.workers = [_Worker(share, gpus[k % len(gpus)] if gpus else None) for k in range(count)]
 
     @property
