@@ -178,8 +178,8 @@ def table(name: str, store: str, metric: str | None, epoch: int | None, data: st
     found = collect(Store(store), name)
     if form == "long":
         click.echo(found.to_frame().to_csv(index=False), nl=False)
-    elif form != "table" and not found.metrics(data):
-        raise click.UsageError(f"{name}: its runs are without such scores (scores = false, or other data)")
+    elif form != "table" and not data and not found.metrics(""):
+        raise click.UsageError(f"{name}: its runs are without scores (scores = false)")
     elif form == "csv":
         click.echo(found.table(_metric(found, metric), epoch=epoch, data=data).to_csv(index=False), nl=False)
     elif form == "latex":
@@ -198,7 +198,9 @@ def _study(what: str, scale: str | None, name: str | None, seeds: int | None, gi
         _say(f"{what} at --scale hour; smoke and published are the others")
     settings = {key: value for key, value in given.items() if value is not None}
     content = found.at_scale(scale, **settings).model_dump()
-    words = [re.sub(r"[^A-Za-z0-9.]+", "-", str(value)).strip("-.")[:30] for value in settings.values()]
+    words = [
+        re.sub(r"[^A-Za-z0-9.]+", "-", str(value).rpartition("/")[2]).strip("-.")[:30] for value in settings.values()
+    ]
     content["name"] = name if name is not None else "-".join([content["name"], *words])[:100]
     return make_study(content if seeds is None else {**content, "seeds": seeds})
 
@@ -218,8 +220,8 @@ def _show_result(found: Any, metric: str | None, as_json: bool, *, epoch: int | 
     if not found.runs:
         click.echo(f"{found.name}: no run is finished; {found.missing} are missing, {len(found.failed)} failed")
         return
-    if not found.metrics(data):
-        click.echo(f"{found.name}: {len(found.runs)} runs, without such scores (scores = false, or other data)")
+    if not data and not found.metrics(""):
+        click.echo(f"{found.name}: {len(found.runs)} runs, without scores (scores = false)")
         return
     chosen = _metric(found, metric)
     rows = found.table(chosen, epoch=epoch, data=data)

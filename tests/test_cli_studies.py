@@ -232,17 +232,20 @@ def test_the_real_local_engine_runs_a_small_network(folder: Path, tmp_path: Path
     words = [sys.executable, "-W", "error", "-m", "layerlens", "study", "run", "small.toml", "--workers", "1"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "small: 1 runs, without scores (unlabelled data, or scores = false)", "",
+        "small: 1 runs, without scores (scores = false)", "",
         "1 runs, 1 of them now; tables, figures and JSON: studies/studies/small",
     ]  # fmt: skip
     assert "1/1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_unlabelled_data_have_no_table_and_say_so(here: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_unlabelled_data_have_their_geometry_in_the_table(here: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
     out, _ = run(capsys, "--data", f"npz:{folder / 'plain.npz'}")
-    assert "study: 3 runs, without scores" in out
-    assert "without scores" in said(capsys, "table", "study", "--store", "store")[0]
+    assert "study-plain.npz: alignment_test, mean over n seeds" in out  # settings of its own, so a name of its own
+    assert (
+        "uniformity_train"
+        in said(capsys, "table", "study-plain.npz", "--store", "store", "--metric", "uniformity_train")[0]
+    )
 
 
 # --- what is there at the end ---
@@ -549,7 +552,8 @@ def test_a_table_of_nothing_says_so(here: Path, folder: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("form", ["csv", "latex"])
 def test_a_table_without_scores_says_why(here: Path, folder: Path, capsys: pytest.CaptureFixture[str], form: str):
-    run(capsys, "--data", f"npz:{folder / 'plain.npz'}")
+    write(here / "study.toml", folder, text=STUDY.replace("[measure]", "[measure]\nscores = false"))
+    run(capsys)
     assert "without scores" in refused(capsys, "table", "study", "--store", "store", "--format", form)
 
 
