@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerlens.errors import ConfigError, check_known, closest
+from layerlens.packaged import packaged_names, packaged_text
 from layerlens.training.config import TABLES, RunConfig, explain, overlay, parse_config, read_config
 from layerlens.training.recipes import read_recipe
 
@@ -24,7 +24,6 @@ WORDED = ("augment.layer", "freeze.layer", "adalase.layers")  # axes that take t
 
 Axes = dict[str, Any]  # field -> list of values, or words
 Seeds = int | tuple[int, ...]
-_FOLDER = resources.files("layerlens").joinpath("studies")
 
 
 class _Strict(BaseModel):
@@ -227,7 +226,7 @@ def read_study(what: str | Path) -> Study:
 
 def study_names() -> list[str]:
     """Names of the ready studies, in alphabetical order."""
-    return sorted(path.name.removesuffix(".toml") for path in _FOLDER.iterdir() if path.name.endswith(".toml"))
+    return packaged_names("studies")
 
 
 def study_text(name: str) -> str:
@@ -236,8 +235,7 @@ def study_text(name: str) -> str:
     Raises:
         UnknownNameError: There is none of that name.
     """
-    check_known("study", name, study_names())
-    return _FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return packaged_text("studies", "study", name)
 
 
 def axis_name(field: str) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
-from layerlens.errors import check_known
+from layerlens.packaged import packaged_names, packaged_text
 from layerlens.training.config import parse_config
-
-_FOLDER = resources.files("layerlens").joinpath("recipes")
 
 
 def recipe_names() -> list[str]:
     """Names of all recipes, in alphabetical order."""
-    return sorted(path.name.removesuffix(".toml") for path in _FOLDER.iterdir() if path.name.endswith(".toml"))
+    return packaged_names("recipes")
 
 
 def recipe_text(name: str) -> str:
@@ -22,8 +19,7 @@ def recipe_text(name: str) -> str:
     Raises:
         UnknownNameError: There is none of that name.
     """
-    check_known("recipe", name, recipe_names())
-    return _FOLDER.joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return packaged_text("recipes", "recipe", name)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
