@@ -389,7 +389,7 @@ def test_a_job_done_here_ends_like_any_other(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     engine = SlurmEngine(cluster="debug", log_folder=str(tmp_path))
     folders = {"log": str(tmp_path / "log.txt"), "folder": str(tmp_path / "run")}
-    engine.start(Job(**{**vars(JOB), **folders, "settings": {"model": "no such"}}))
+    engine.start(Job(**{**vars(JOB), **folders, "settings": {"model": "mlp", "data": "no such"}}))
     (ended,) = engine.wait(1.0)
     assert ended.kind == REFUSED
     assert "no such" in ended.error

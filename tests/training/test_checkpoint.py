@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from layerlens import files as module
 from layerlens.errors import CheckpointError, RunFolderError
 from layerlens.files import read_json, write_atomically, write_json
-from layerlens.training import checkpoint as module
 from layerlens.training.checkpoint import (
     fingerprint,
     load_into,

@@ -15,9 +15,10 @@ import pytest
 import torch
 from test_resume import RICH, SETTINGS, assert_alike, kept, run, same
 
+from layerlens import files
 from layerlens.errors import RunFolderError
 from layerlens.files import write_atomically
-from layerlens.training import checkpoint, loop, run_folder
+from layerlens.training import loop, run_folder
 from layerlens.training.checkpoint import load_state, save_checkpoint
 from layerlens.training.loop import Progress
 from layerlens.training.run_folder import Log, read_metrics, read_ratios
@@ -204,7 +205,7 @@ def test_a_full_disk_costs_no_more_than_what_was_not_written(
 
         return maybe
 
-    place, name = (checkpoint.tempfile, "NamedTemporaryFile") if function == "open" else (os, function)
+    place, name = (files.tempfile, "NamedTemporaryFile") if function == "open" else (os, function)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1.0)
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -270,7 +271,7 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch
     def refuse(*_args: Any, **_options: Any) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(checkpoint.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(RunFolderError, match="Permission denied; choose another folder with --out"):
         run(tmp_path / "run")
 
