@@ -15,9 +15,8 @@ import click
 from layerlens import __version__
 from layerlens.cli_studies import study
 from layerlens.errors import LayerlensError
-from layerlens.show import show
+from layerlens.show import json_option, show
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 model_option = click.option(
     "--model",
     help="resnet18-cifar[,width=16], resnet50-cifar[,width=16], resnet20-cifar … resnet56-cifar, convnet-quick, mlp, "

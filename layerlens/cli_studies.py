@@ -12,13 +12,11 @@ from typing import Any
 
 import click
 
-from layerlens.show import show
+from layerlens.show import json_option, show
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 store_option = click.option(
     "--store", default="studies", show_default=True, type=click.Path(), help="Folder of the runs of all studies."
 )
-COUNTED = ("done", "running", "failed", "missing")
 
 
 @click.group()
@@ -136,7 +134,7 @@ def run(
 @json_option
 def status(name: str | None, store: str, runs: bool, as_json: bool) -> None:
     """Say what of each study is done, running, failed and missing, and the time left."""
-    from layerlens.experiments.store import Store, time_left_s
+    from layerlens.experiments.store import STATES, Store, time_left_s
 
     place = Store(store)
     names = [name] if name else place.studies()
@@ -144,7 +142,7 @@ def status(name: str | None, store: str, runs: bool, as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for each, lines in found.items():
         once = {line.key: line for line in lines}.values()
-        counts = {state: sum(line.state == state for line in once) for state in COUNTED}
+        counts = {state: sum(line.state == state for line in once) for state in STATES}
         rows.append({"study": each, "runs": len(once), **counts, "left_s": time_left_s(lines)})
     if as_json:
         detail = {each: [vars(line) for line in lines] for each, lines in found.items()} if runs else {}
@@ -153,7 +151,7 @@ def status(name: str | None, store: str, runs: bool, as_json: bool) -> None:
     if not rows:
         click.echo(f"no study was begun in {store!r}")
         return
-    show([{**row, "left_s": _duration(row["left_s"])} for row in rows], False, ["study", "runs", *COUNTED, "left_s"])
+    show([{**row, "left_s": _duration(row["left_s"])} for row in rows], False, ["study", "runs", *STATES, "left_s"])
     for each, lines in found.items():
         _show_runs(each, [line for line in lines if runs or line.state == "failed"])
 

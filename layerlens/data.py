@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,11 @@ class Dataset:
         return cast("tuple[int, int, int]", tuple(self.x_train.shape[1:]))
 
     def fingerprint(self) -> str:
-        """SHA-256 over images, labels and normalisation, as hexadecimal digits."""
+        """SHA-256 over images, labels and normalisation, as hexadecimal digits; made once, as these never change."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         parts = (self.x_train, self.y_train, self.x_test, self.y_test)
         shapes = [None if part is None else (str(part.dtype), tuple(part.shape)) for part in parts]
         digest = hashlib.sha256(repr((self.mean, self.std, self.flip, shapes)).encode())

@@ -65,6 +65,10 @@ class DiskFullError(RunFolderError):
     """No space left where a result is to be written; what was saved before is kept."""
 
 
+class DamagedStateError(RunFolderError):
+    """A saved state that can't be read, so that a run can't go on from it."""
+
+
 class WorkerError(LayerlensError, RuntimeError):
     """A worker or a cluster that could not be started."""
 

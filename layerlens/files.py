@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunFolderError(f"{str(path)!r} is damaged (it holds no object); delete it to have it made again")
     return content
+
+
+def numbered(path: Path) -> Path:
+    """The first of `path-1`, `path-2`, … that is not there yet."""
+    return next(found for n in count(1) if not (found := path.with_name(f"{path.name}-{n}")).exists())

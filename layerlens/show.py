@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
 
 def show(rows: list[dict[str, Any]], as_json: bool, columns: list[str] | None = None) -> None:
     """Rows as an aligned table, or as JSON (one object for a single row)."""

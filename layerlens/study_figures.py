@@ -14,7 +14,7 @@ from layerlens import study_lines
 from layerlens.analysis.results import SimilarityMatrix
 from layerlens.errors import DataError, LayerlensError, ShapeError, check_known
 from layerlens.experiments.ablation import freeze_effects
-from layerlens.experiments.results import Interval, Line, StudyResult
+from layerlens.experiments.results import Interval, Line, StudyResult, lower_is_better
 from layerlens.experiments.study import Drawing
 from layerlens.figures import _SCORES, _legend, _style, heatmap
 
@@ -217,7 +217,7 @@ def grid(
     means = np.full((len(down), len(across)), np.nan)
     for place, score in places.items():
         means[place] = score.mean
-    low, width = study_lines.lower_is_better(metric), 2.4 + 0.72 * len(across)
+    low, width = lower_is_better(metric), 2.4 + 0.72 * len(across)
     axes = ax or _new_axes(width, max(2.8, 1.3 + 0.46 * len(down)))
     image = axes.imshow(np.ma.masked_invalid(means), cmap="viridis_r" if low else "viridis", aspect="auto")
     image.set_cmap(image.get_cmap().with_extremes(bad="0.75"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerlens.errors import DataError, ShapeError, check_known
-from layerlens.experiments.results import Interval, Line, StudyResult
+from layerlens.experiments.results import Interval, Line, StudyResult, lower_is_better
 from layerlens.experiments.study import axis_name
 from layerlens.figures import _COLOURS, _SCORES
 
@@ -200,11 +200,6 @@ def quantity(metric: str, data: str = "") -> str:
     gap = "\n" if len(name) + len(data) > 38 else " "  # longer than a figure is high
     name = f"{name},{gap}on {data}" if data else name
     return f"{name} (lower is better)" if lower_is_better(metric) else name
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether it is a score of the geometry."""
-    return metric.startswith(("alignment", "uniformity"))
 
 
 def look(k: int) -> Look:

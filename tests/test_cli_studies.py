@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from here import Here
 
 from layerlens.cli import main
 from layerlens.experiments import engines
 from layerlens.experiments.engines import make_engine
-from layerlens.experiments.job import Ended, Job, perform
+from layerlens.experiments.job import Job
 from layerlens.experiments.results import StudyResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,32 +60,18 @@ lines = ["arm", "stop_gradient"]
 """
 
 
-class Here:
-    """An engine that does each job at once, in this process."""
-
-    def __init__(self) -> None:
-        self.ended: list[Ended] = []
-
-    @property
-    def free(self) -> int:
-        return 0 if self.ended else 1
+class Silent(Here):
+    """Without what a worker says on stderr: it has a log."""
 
     def start(self, job: Job) -> None:
-        with redirect_stderr(io.StringIO()):  # a worker's own goes to its log
-            self.ended.append(perform(job))
-
-    def wait(self, timeout_s: float) -> list[Ended]:
-        ended, self.ended = self.ended, []
-        return ended
-
-    def close(self) -> None:
-        pass
+        with redirect_stderr(io.StringIO()):
+            super().start(job)
 
 
 def made(name: str, **options: Any) -> Any:
     """The engine that a command asks for; the local one does its jobs here, which saves its processes' start."""
     asked = make_engine(name, **options)
-    return Here() if name == "local" else asked
+    return Silent() if name == "local" else asked
 
 
 @pytest.fixture(scope="module")

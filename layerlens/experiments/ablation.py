@@ -11,7 +11,7 @@ import numpy as np
 
 from layerlens.analysis.results import Result
 from layerlens.errors import DataError, check_known
-from layerlens.experiments.results import Interval, StudyResult, interval
+from layerlens.experiments.results import Interval, StudyResult, interval, lower_is_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +114,17 @@ def _freeze_effect(result: StudyResult, metric: str, start: str | None) -> Freez
     )  # fmt: skip
 
 
-def _scores(runs: list[dict[str, Any]], metric: str, result: StudyResult, **where: Any) -> dict[int, float]:
-    """Seed -> score of the finished runs with these values; empty where there are none."""
-    arm = where.pop("arm")
-    values = [run["values"] for run in runs if run["arm"] == arm and where.items() <= run["values"].items()]
-    exact = [v for v in values if v.keys() == where.keys()]
-    return result.scores(metric, arm=arm, **where) if exact else {}
+def _scores(
+    runs: list[dict[str, Any]], metric: str, result: StudyResult, *, arm: str, **values: Any
+) -> dict[int, float]:
+    """Seed -> score of the finished runs with exactly these values; empty where there are none."""
+    there = any(run["arm"] == arm and run["values"] == values for run in runs)
+    return result.scores(metric, arm=arm, **values) if there else {}
 
 
 def _check_accuracy(result: StudyResult, metric: str) -> None:
     check_known("metric", metric, result.metrics())
-    if metric.startswith(("alignment", "uniformity")):
+    if lower_is_better(metric):
         raise DataError(f"{metric} is no accuracy, of which more is better; name another metric")
 
 

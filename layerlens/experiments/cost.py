@@ -89,7 +89,8 @@ def estimate(
         ConfigError: Fewer than one worker.
     """
     require(workers >= 1, "workers", workers, "1 or more")
-    missing = [r for r in plan.distinct.values() if not store.is_done(r.key, tuple(m.file for m in r.measured))]
+    runs = plan.distinct
+    missing = [run for run in runs.values() if not store.is_done(run.key, run.files)]
     kinds: dict[str, _Timed] = {}
     train_s = measure_s = 0.0
     disk = 0
@@ -109,7 +110,7 @@ def estimate(
     at_work = min(workers, max(len(missing), 1))
     disk += at_work * max((t.state for t in kinds.values()), default=0)
     return Cost(
-        runs=len(plan.distinct), done=len(plan.distinct) - len(missing), train_s=round(train_s, 1),
+        runs=len(runs), done=len(runs) - len(missing), train_s=round(train_s, 1),
         measure_s=round(measure_s, 1), wall_s=round((train_s + measure_s) / at_work, 1),
         disk_mib=round(disk / 2**20, 1), workers=at_work,
         timed=tuple(f"{kind}: {t.step_s:.4g} s per step" for kind, t in kinds.items()),
@@ -119,7 +120,8 @@ def estimate(
 def _kind(config: RunConfig) -> str:
     """What decides the time of a step, in words."""
     parts = [config.model, config.data, config.objective, f"batch {config.batch_size}", config.precision]
-    parts += [f"{name} {value.kind}" for name, value in (("dropout", config.dropout),) if value is not None]
+    if config.dropout is not None:
+        parts.append(f"dropout {config.dropout.kind}")
     if config.augment is not None and config.augment.transform == "pca":
         parts.append("pca")
     if config.adalase is not None:

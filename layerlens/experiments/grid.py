@@ -80,6 +80,11 @@ class PlannedRun:
     config: RunConfig
     measured: tuple[Measured, ...]
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Where what is measured is kept, within the run's folder."""
+        return tuple(m.file for m in self.measured)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -131,7 +136,6 @@ class _Planner:
         self.datasets: dict[str, Dataset] = {}
         self.checked: set[str] = set()
         self.models: dict[str, str] = {}  # of starts, by key
-        self.fingerprints: dict[str, str] = {}
         self.layers: dict[tuple[str, str, str, str], list[str]] = {}
         self.started: dict[tuple[str, int, str], str] = {}  # (start, seed, shared values) -> key
 
@@ -188,7 +192,7 @@ class _Planner:
         try:
             config = make_config({**_at(base, values), "seed": seed})
             dataset = self._dataset(config.data)
-            resolved = resolve(config, dataset, fingerprint_of_data=self.fingerprints[config.data])
+            resolved = resolve(config, dataset)
             self._check(resolved, dataset)
         except LayerlensError as error:
             raise type(error)(f"{self.study.name}, {_label(name, values)}: {error}") from error
@@ -218,7 +222,7 @@ class _Planner:
             yield _measured("scores", None, str(config.data_sha256), measure)
         for data in transfer:
             self._check_transfer(config, data)
-            yield _measured("scores", data, self.fingerprints[data], measure)
+            yield _measured("scores", data, self._dataset(data).fingerprint(), measure)
 
     def _check_transfer(self, config: RunConfig, data: str) -> None:
         """See that a network can be scored on other data."""
@@ -268,7 +272,6 @@ class _Planner:
     def _dataset(self, spec: str) -> Dataset:
         if spec not in self.datasets:
             self.datasets[spec] = self.load(spec)
-            self.fingerprints[spec] = self.datasets[spec].fingerprint()
         return self.datasets[spec]
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 from layerlens.errors import (
     ConfigError,
+    DamagedStateError,
     DeviceMemoryError,
     DiskFullError,
     FolderInUseError,
     LayerlensError,
     RunFolderError,
 )
+from layerlens.files import numbered, read_json
 
 REFUSED, FAILED, BUSY, FULL, DONE, DIED, LATE = "refused", "failed", "busy", "disk full", "done", "died", "too long"
 
@@ -128,8 +130,9 @@ def _work(job: Job) -> None:
         _set_other_start_aside(folder, config.init)
         try:
             train(config, folder, dataset=dataset, device=job.device)
-        except RunFolderError as error:
-            _set_state_aside(folder, error)
+        except DamagedStateError:  # so that the next attempt begins anew
+            state = folder / "resume.pt"
+            os.replace(state, numbered(state.with_name(".resume.pt.aside")))
             raise
     for kind, data, file in job.measured:
         other = _dataset(data or spec)
@@ -138,27 +141,15 @@ def _work(job: Job) -> None:
 
 def _set_other_start_aside(folder: Path, init: str | None) -> None:
     """Move away an unfinished run that began from other weights: its start was trained anew since."""
-    from layerlens.files import read_json
     from layerlens.training.checkpoint import fingerprint
 
     if init is None or not (folder / "config.json").exists():
         return
     began = read_json(folder / "config.json").get("config")
     if isinstance(began, dict) and began.get("init_sha256") not in (None, fingerprint(init)):
-        aside = _free_name(folder)
+        aside = numbered(folder.with_name(f".{folder.name}.aside"))
         print(f"its start was trained anew: the unfinished run is {aside.name!r} now, and begins again")
         os.replace(folder, aside)
-
-
-def _set_state_aside(folder: Path, error: RunFolderError) -> None:
-    """Move a damaged state away, so that the next attempt begins anew."""
-    state = folder / "resume.pt"
-    if f"{str(state)!r} is damaged" in str(error) and state.exists():
-        os.replace(state, _free_name(state))
-
-
-def _free_name(path: Path) -> Path:
-    return next(p for n in range(1, 10**6) if not (p := path.with_name(f".{path.name}.aside-{n}")).exists())
 
 
 _LOADED: dict[str, Any] = {}

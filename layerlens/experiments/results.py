@@ -129,7 +129,7 @@ class StudyResult(Result):
             DataError: No run has it at that epoch, or on those data.
         """
         check_known("metric", metric, self.metrics())
-        found, settings = [], self._settings()
+        found, settings = [], _by_setting(self.runs)
         baselines = [runs for runs in settings if runs[0]["baseline"]]
         for runs in settings:
             scores = self._scores(runs, metric, epoch, data)
@@ -195,7 +195,7 @@ class StudyResult(Result):
             UnknownNameError: No run has that score.
         """
         check_known("metric", metric, self.metrics())
-        chosen = [runs for runs in self._settings() if _fits(runs[0], where)]
+        chosen = [runs for runs in _by_setting(self.runs) if _fits(runs[0], where)]
         if len(chosen) != 1:
             raise DataError(f"{len(chosen)} settings of {self.name!r} have {where}; needed: one")
         return self._scores(chosen[0], metric, epoch, data)
@@ -211,13 +211,6 @@ class StudyResult(Result):
         kept = found[0]["last" if last else "first"]
         return SimilarityMatrix.from_dict(kept)
 
-    def _settings(self) -> list[list[dict[str, Any]]]:
-        """The runs of each setting, in the order of the study."""
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for run in self.runs:
-            groups.setdefault(repr((run["arm"], run["values"])), []).append(run)
-        return list(groups.values())
-
     @staticmethod
     def _scores(runs: Iterable[dict[str, Any]], metric: str, epoch: int | None, data: str) -> dict[int, float]:
         found = {}
@@ -227,6 +220,14 @@ class StudyResult(Result):
             if value is not None and math.isfinite(value):
                 found[run["seed"]] = float(value)
         return found
+
+
+def _by_setting(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs of each setting, in the order of the study."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(repr((run["arm"], run["values"])), []).append(run)
+    return list(groups.values())
 
 
 def _baseline(run: dict[str, Any], baselines: list[list[dict[str, Any]]]) -> list[dict[str, Any]] | None:
@@ -253,37 +254,35 @@ def collect(store: Store, name: str, *, plan: dict[str, Any] | None = None) -> S
     """
     plan = plan or store.read_plan(name)
     starts = {arm["name"]: arm["start"] for arm in plan["study"]["arms"]}
-    runs, strips, failed, missing = [], [], {}, 0
+    runs, strips, failed, missing = [], dict[str, FilmStrip](), {}, 0
     for planned in plan["runs"]:
         key = planned["key"]
         if not store.is_done(key, tuple(planned["files"])):
             failures = store.failures(key)
             if failures["given_up"]:
-                failed[label(planned)] = failures["attempts"][-1]["error"]
+                failed[label(planned["arm"], planned["values"], planned["seed"])] = failures["attempts"][-1]["error"]
             else:
                 missing += 1
             continue
         run, strip = _read_run(store, planned, starts.get(planned["arm"]))
         runs.append(run)
-        strips.append(strip)
+        if strip is not None:
+            strips[key] = strip
     return StudyResult(
         name=name, study=plan["study"], runs=tuple(runs), similarity=tuple(_means(runs, strips)), failed=failed,
-        missing=missing, environment=provenance(), settings=tuple(_planned_settings(plan["runs"])),
+        missing=missing, environment=provenance(),
+        settings=tuple({"arm": runs[0]["arm"], "values": runs[0]["values"]} for runs in _by_setting(plan["runs"])),
     )  # fmt: skip
 
 
-def _planned_settings(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    seen = set()
-    for run in runs:
-        setting = {"arm": run["arm"], "values": run["values"]}
-        if repr(setting) not in seen:
-            seen.add(repr(setting))
-            yield setting
+def label(arm: str, values: dict[str, Any], seed: int) -> str:
+    """A run in words."""
+    return " ".join([arm, *(f"{name}={value}" for name, value in values.items()), f"seed={seed}"])
 
 
-def label(run: dict[str, Any]) -> str:
-    """A run in words: its arm, its values, its seed."""
-    return " ".join([run["arm"], *(f"{k}={v}" for k, v in run["values"].items()), f"seed={run['seed']}"])
+def lower_is_better(metric: str) -> bool:
+    """Whether it is a score of the geometry, and no accuracy."""
+    return metric.startswith(("alignment", "uniformity"))
 
 
 def _read_run(store: Store, planned: dict[str, Any], start: str | None) -> tuple[dict[str, Any], FilmStrip | None]:
@@ -327,16 +326,12 @@ def _advice(strip: FilmStrip) -> list[dict[str, Any]]:
     return [{"layer": t.layer, "stop_gradient": t.stop_gradient, "confidence": t.confidence} for t in found.targets]
 
 
-def _means(runs: Sequence[dict[str, Any]], strips: Sequence[FilmStrip | None]) -> Iterator[dict[str, Any]]:
-    """Of each setting the mean matrices over its seeds."""
-    groups: dict[str, list[int]] = {}
-    for k, run in enumerate(runs):
-        if strips[k] is not None:
-            groups.setdefault(repr((run["arm"], run["values"])), []).append(k)
-    for places in groups.values():
-        first, found = runs[places[0]], [strip for k in places if (strip := strips[k]) is not None]
+def _means(runs: Iterable[dict[str, Any]], strips: dict[str, FilmStrip]) -> Iterator[dict[str, Any]]:
+    """Of each setting the mean matrices over its seeds; strips by the key of their run."""
+    for setting in _by_setting(run for run in runs if run["key"] in strips):
+        first, found = setting[0], [strips[run["key"]] for run in setting]
         yield {
-            "arm": first["arm"], "start": first["start"], "values": first["values"], "seeds": len(places),
+            "arm": first["arm"], "start": first["start"], "values": first["values"], "seeds": len(found),
             "first": _mean([s.frames[0] for s in found]).to_dict(),
             "last": _mean([s.frames[-1] for s in found]).to_dict(),
         }  # fmt: skip

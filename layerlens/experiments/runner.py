@@ -12,8 +12,8 @@ from layerlens.errors import DiskFullError, require
 from layerlens.experiments.engines import Engine, make_engine
 from layerlens.experiments.grid import Plan, PlannedRun, make_plan
 from layerlens.experiments.job import BUSY, DIED, DONE, FULL, LATE, REFUSED, Ended, Job
-from layerlens.experiments.results import StudyResult, collect
-from layerlens.experiments.store import SCHEMA, Store
+from layerlens.experiments.results import StudyResult, collect, label
+from layerlens.experiments.store import Store
 from layerlens.experiments.study import Study
 
 LOOK_AGAIN_S = 2.0  # at a run that another process works on
@@ -123,12 +123,12 @@ def manifest(plan: Plan) -> dict[str, Any]:
             "key": run.key, "arm": run.arm, "baseline": run.baseline, "start": run.start, "values": run.values,
             "seed": run.seed, "data": run.config.data, "epochs": run.config.epochs,
             "augment": run.config.augment and run.config.augment.model_dump(include={"layer", "stop_gradient", "rate"}),
-            "files": [m.file for m in run.measured],
+            "files": list(run.files),
             "measured": [[m.kind, m.data, m.file] for m in run.measured],
         }
         for run in plan.runs
     ]  # fmt: skip
-    return {"schema": SCHEMA, "study": plan.study.model_dump(mode="json"), "runs": runs}
+    return {"study": plan.study.model_dump(mode="json"), "runs": runs}
 
 
 class _Runner:
@@ -167,7 +167,7 @@ class _Runner:
         return Outcome(done=tuple(self.done), fresh=fresh, failed=self.failed)
 
     def _is_done(self, run: PlannedRun) -> bool:
-        return self.store.is_done(run.key, tuple(m.file for m in run.measured))
+        return self.store.is_done(run.key, run.files)
 
     def _start_what_can(self) -> None:
         free = self.engine.free
@@ -252,8 +252,7 @@ class _Runner:
 
     def _label(self, key: str) -> str:
         run = self.runs[key]
-        values = "".join(f" {name}={value}" for name, value in run.values.items())
-        return f"{run.arm}{values} seed={run.seed}"
+        return label(run.arm, run.values, run.seed)
 
     def _tell(self, line: str) -> None:
         if self.progress is not None:

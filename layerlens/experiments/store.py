@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.errors import RunFolderError, UnknownNameError, closest
-from layerlens.files import read_json, write_json
+from layerlens.files import numbered, read_json, write_json
 
 SCHEMA = 1
 STATES = ("done", "running", "failed", "missing")
@@ -114,7 +114,7 @@ class Store:
         """Move a result that can't be read out of the way, so that the run is done again."""
         path = self.run_folder(key) / "result.json"
         if path.exists() and self._result(key) is None:
-            aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"result.json.damaged-{n}")).exists())
+            aside = numbered(path.with_name("result.json.damaged"))
             try:
                 os.replace(path, aside)
             except FileNotFoundError:  # another process was quicker

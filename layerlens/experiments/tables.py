@@ -8,7 +8,7 @@ from typing import Any
 
 from layerlens.errors import DataError
 from layerlens.experiments.ablation import advice_outcome, freeze_effects
-from layerlens.experiments.results import Interval, StudyResult
+from layerlens.experiments.results import Interval, StudyResult, lower_is_better
 
 _ESCAPES = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "]": "{]}",
@@ -27,7 +27,7 @@ def latex(result: StudyResult, metric: str = "probe", *, epoch: int | None = Non
     """
     lines = result.lines(metric, epoch=epoch, data=data)
     axes = list(dict.fromkeys(name for line in lines for name in line.values))
-    factor, places = (1, 3) if metric.startswith(("alignment", "uniformity")) else (100, 1)
+    factor, places = (1, 3) if lower_is_better(metric) else (100, 1)
     head = ["arm", *axes, "n", metric, "gain"]
     rows = [
         [

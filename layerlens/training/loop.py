@@ -20,7 +20,7 @@ from layerlens.augment.dropout import TwoPassDropout
 from layerlens.augment.views import Views, moco_views, usual_views, weak_views
 from layerlens.data import Batches, Dataset, load_data, to_unit
 from layerlens.devices import pick_device
-from layerlens.errors import ConfigError, DeviceMemoryError, NonFiniteError, RunFolderError
+from layerlens.errors import ConfigError, DamagedStateError, DeviceMemoryError, NonFiniteError, RunFolderError
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.files import write_atomically, write_json
 from layerlens.provenance import provenance
@@ -153,15 +153,9 @@ def _train_rank(
     _Trainer(config, dataset, folder, device, report, tensorboard).run()
 
 
-def resolve(config: RunConfig, dataset: Dataset, *, fingerprint_of_data: str | None = None) -> RunConfig:
-    """The configuration with everything filled in that depends on the data or on files.
-
-    Args:
-        config: As somebody wrote it.
-        dataset: What it trains on.
-        fingerprint_of_data: The data set's, if it is known; large ones take a while.
-    """
-    settings: dict[str, Any] = {"data_sha256": fingerprint_of_data or dataset.fingerprint()}
+def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with everything filled in that depends on the data or on files."""
+    settings: dict[str, Any] = {"data_sha256": dataset.fingerprint()}
     if config.views is None:
         usual = {"moco": moco_views, "supervised": weak_views}.get(config.objective, usual_views)
         settings["views"] = ViewsConfig(**asdict(usual(flip=dataset.flip)))
@@ -480,7 +474,7 @@ class _Trainer:
             try:
                 self._load(torch.load(path, map_location=self.device, weights_only=True))
             except Exception as error:  # whatever a damaged file makes torch raise, the answer is the same
-                raise RunFolderError(
+                raise DamagedStateError(
                     f"{str(path)!r} is damaged; delete it to start this run from the beginning"
                 ) from error
         self.fabric.barrier()

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from here import Here
 
 from layerlens.errors import ConfigError, LayerlensError
 from layerlens.experiments.cost import Cost, estimate
 from layerlens.experiments.grid import Plan, make_plan
-from layerlens.experiments.job import Ended, Job, perform
 from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import make_study
@@ -31,27 +31,6 @@ def plan(base: dict[str, Any] | None = None, **content: Any) -> Plan:
 
 def cost(of: Plan, store: Path, workers: int = 1) -> Cost:
     return estimate(of, Store(store), workers=workers, device="cpu")
-
-
-class Here:
-    """An engine that does each job at once, in this process."""
-
-    def __init__(self) -> None:
-        self.ended: list[Ended] = []
-
-    @property
-    def free(self) -> int:
-        return 0 if self.ended else 1
-
-    def start(self, job: Job) -> None:
-        self.ended.append(perform(job))
-
-    def wait(self, timeout_s: float) -> list[Ended]:
-        ended, self.ended = self.ended, []
-        return ended
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from here import Here, content
 
 from layerlens.errors import ConfigError, ExtraMissingError, WorkerError
 from layerlens.experiments.engines import make_engine
 from layerlens.experiments.engines.ray import RayEngine
-from layerlens.experiments.grid import Plan, make_plan
-from layerlens.experiments.job import Ended, Job, perform
+from layerlens.experiments.grid import make_plan
 from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import make_study
@@ -115,41 +115,6 @@ def _driven(script: str, folder: Path) -> Any:
     return json.loads(done.stdout)  # Ray itself says nothing there, not even of a dead node
 
 
-class _Here:
-    """An engine without workers: the undisturbed run."""
-
-    def __init__(self) -> None:
-        self.ended: list[Ended] = []
-
-    free = 1
-
-    def start(self, job: Job) -> None:
-        self.ended.append(perform(job))
-
-    def wait(self, timeout_s: float) -> list[Ended]:
-        ended, self.ended = self.ended, []
-        return ended
-
-    def close(self) -> None:
-        pass
-
-
-def _content(store: Store, plan: Plan) -> dict[str, Any]:
-    """All that runs leave behind, without their times."""
-    found: dict[str, Any] = {}
-    for key, run in plan.distinct.items():
-        folder = store.run_folder(key)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
-        checkpoints = json.loads((folder / "result.json").read_text())["checkpoints"]
-        found[key] = {
-            "metrics": [{name: value for name, value in row.items() if name != "wall_s"} for row in rows],
-            "weights": {name: (folder / name).read_bytes() for name in checkpoints},
-            "measured": {m.file: json.loads((folder / m.file).read_text()) for m in run.measured},
-        }
-    return found
-
-
 def test_a_study_survives_the_death_of_a_node(tmp_path: Path, one_thread: None) -> None:
     pytest.importorskip("ray")
     report = _driven(KILL_A_NODE, tmp_path / "cluster")
@@ -161,8 +126,8 @@ def test_a_study_survives_the_death_of_a_node(tmp_path: Path, one_thread: None) 
     assert int(said.rpartition(" ")[2]) >= 1
     assert report["left"]
     undisturbed = Store(tmp_path / "undisturbed")
-    run_plan(plan, undisturbed, _Here())
-    assert _content(Store(tmp_path / "cluster"), plan) == _content(undisturbed, plan)
+    run_plan(plan, undisturbed, Here())
+    assert content(Store(tmp_path / "cluster"), plan) == content(undisturbed, plan)
 
 
 @pytest.mark.slow

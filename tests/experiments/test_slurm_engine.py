@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from here import Here, content
 
 from layerlens.errors import ConfigError, ExtraMissingError, UnknownNameError, WorkerError
 from layerlens.experiments.engines import make_engine, slurm
 from layerlens.experiments.engines.slurm import OPTIONS, Attempt, SlurmEngine
-from layerlens.experiments.grid import Plan, make_plan
-from layerlens.experiments.job import DIED, FAILED, REFUSED, Ended, Job, perform
+from layerlens.experiments.grid import make_plan
+from layerlens.experiments.job import DIED, FAILED, REFUSED, Ended, Job
 from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import make_study
@@ -102,25 +102,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         _kill(int(path.read_text()), signal.SIGKILL)
 
 
-class _Here:
-    """An engine without workers: the undisturbed run."""
-
-    def __init__(self) -> None:
-        self.ended: list[Ended] = []
-
-    free = 1
-
-    def start(self, job: Job) -> None:
-        self.ended.append(perform(job))
-
-    def wait(self, timeout_s: float) -> list[Ended]:
-        ended, self.ended = self.ended, []
-        return ended
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import torch
@@ -128,25 +109,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     plan, store = make_plan(make_study(STUDY)), Store(tmp_path_factory.mktemp("undisturbed") / "store")
-    run_plan(plan, store, _Here())
+    run_plan(plan, store, Here())
     torch.set_num_threads(before)
-    return _content(store, plan)
-
-
-def _content(store: Store, plan: Plan) -> dict[str, Any]:
-    """All that runs leave behind, without their times."""
-    found: dict[str, Any] = {}
-    for key, run in plan.distinct.items():
-        folder = store.run_folder(key)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
-        checkpoints = json.loads((folder / "result.json").read_text())["checkpoints"]
-        found[key] = {
-            "metrics": [{name: value for name, value in row.items() if name != "wall_s"} for row in rows],
-            "weights": {name: (folder / name).read_bytes() for name in checkpoints},
-            "measured": {m.file: json.loads((folder / m.file).read_text()) for m in run.measured},
-        }
-    return found
+    return content(store, plan)
 
 
 def _until(true: Callable[[], Any]) -> None:
@@ -198,7 +163,7 @@ def test_a_slurm_study_goes_on_after_preemption_and_death(cluster: Path, tmp_pat
     assert "; it goes on from epoch" in line
     assert len((cluster / "requeued").read_text().split()) == 1
     assert len(list(cluster.glob("*.script"))) == 3  # the preempted job came back by itself, the dead one anew
-    assert _content(store, plan) == undisturbed
+    assert content(store, plan) == undisturbed
 
 
 @pytest.mark.slow  # the scripts above do the same, and more
@@ -212,7 +177,7 @@ def test_a_study_is_tried_out_on_this_machine(tmp_path: Path, undisturbed: Any) 
     assert outcome.done == (key,)
     (line,) = said
     assert "died: the process of job" in line
-    assert _content(store, plan)[key] == undisturbed[key]
+    assert content(store, plan)[key] == undisturbed[key]
     assert list((tmp_path / "store" / "logs" / "slurm").glob("*_log.out"))
 
 

@@ -484,7 +484,7 @@ def test_a_run_without_all_its_measurements_is_missing(store: Store):
 
 
 def test_a_run_in_words():
-    assert label(planned("k", "deep", seed=3, layer="a", rate=0.5)) == "deep layer=a rate=0.5 seed=3"
+    assert label("deep", {"layer": "a", "rate": 0.5}, 3) == "deep layer=a rate=0.5 seed=3"
 
 
 def test_advice_is_what_the_first_and_the_last_matrix_of_that_run_recommend(collected: StudyResult):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
 from typing import Any, Protocol
 
-from layerlens.errors import check_known
+from layerlens.errors import ExtraMissingError, check_known
 from layerlens.experiments.job import Ended, Job
 
 ENGINES = ("local", "ray", "slurm")
@@ -57,3 +59,18 @@ def make_engine(name: str, *, workers: int | None = None, threads: int | None = 
     from layerlens.experiments.engines.local import LocalEngine
 
     return LocalEngine(workers=workers, threads=threads, **options)
+
+
+def load_extra(package: str, title: str, extra: str) -> Any:
+    """The package that an engine needs; nothing of it is imported before the engine is made.
+
+    Raises:
+        ExtraMissingError: It is not installed, or broken; the message says what to install.
+    """
+    install = f'pip install "layerlens-torch[{extra}]"'
+    if find_spec(package) is None:
+        raise ExtraMissingError(f"--engine {extra} needs {title}: {install}")
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExtraMissingError(f"{title} is installed but broken ({error}); install it anew: {install}") from error

@@ -10,10 +10,10 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
-from layerlens.errors import ConfigError, ExtraMissingError, WorkerError, closest, require
+from layerlens.errors import ConfigError, WorkerError, closest, require
+from layerlens.experiments.engines import load_extra
 from layerlens.experiments.job import DIED, FAILED, Ended, Job, perform_there
 
 OPTIONS = ("address", "gpus", "autoscaling")
@@ -154,17 +154,10 @@ class RayEngine:
 
 
 def _load() -> Any:
-    """The package; nothing of it is imported before an engine is made."""
-    if find_spec("ray") is None:
-        raise ExtraMissingError('--engine ray needs Ray: pip install "layerlens-torch[ray]"')
+    """The package, told what it should not do."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ExtraMissingError(
-            f'Ray is installed but broken ({error}); install it anew: pip install "layerlens-torch[ray]"'
-        ) from error
+    return load_extra("ray", "Ray", "ray")
 
 
 def _connect(ray: Any, address: str, cores: int) -> None:

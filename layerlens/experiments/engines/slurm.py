@@ -11,11 +11,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from layerlens.errors import ConfigError, ExtraMissingError, WorkerError, check_known, closest, require
+from layerlens.errors import ConfigError, WorkerError, check_known, closest, require
+from layerlens.experiments.engines import load_extra
 from layerlens.experiments.job import DIED, Ended, Job, perform_there
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -59,7 +59,7 @@ class SlurmEngine:
         check_known("cluster", cluster, CLUSTERS)
         self.threads, self.cluster, self.log_folder = threads or 1, cluster, log_folder
         self.options = _read(options)
-        self._submitit = _load()
+        self._submitit = load_extra("submitit", "submitit", "slurm")
         if cluster == "slurm":
             _check_slurm()
         here = max(len(os.sched_getaffinity(0)) // self.threads, 1)
@@ -292,17 +292,6 @@ def _read(options: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name}={value!r}; allowed: {allowed}") from None
         require(bool(str(value).strip()), name, value, allowed)
     return read
-
-
-def _load() -> Any:
-    if find_spec("submitit") is None:
-        raise ExtraMissingError('--engine slurm needs submitit: pip install "layerlens-torch[slurm]"')
-    try:
-        return importlib.import_module("submitit")
-    except ImportError as error:
-        raise ExtraMissingError(
-            f'submitit is installed but broken ({error}); install it anew: pip install "layerlens-torch[slurm]"'
-        ) from error
 
 
 def _check_slurm() -> None:
