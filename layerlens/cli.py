@@ -20,13 +20,13 @@ from layerlens.show import json_option, show
 model_option = click.option(
     "--model",
     help="resnet18-cifar[,width=16], resnet50-cifar[,width=16], resnet20-cifar … resnet56-cifar, convnet-quick, mlp, "
-    "torchvision:NAME, pkg.module:factory.",
+    "torchvision:NAME, pkg.module:factory; for sentences hf:PATH, hf-config:bert-tiny,tokenizer=PATH.",
 )
-data_option = click.option(
-    "--data",
-    required=True,
-    help="digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, imagefolder:PATH, npz:PATH, pkg.module:factory.",
+KINDS_OF_DATA = (
+    "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, imagefolder:PATH, npz:PATH, pkg.module:factory; sentences: "
+    "text:PATH, pairs:PATH, sts:PATH."
 )
+data_option = click.option("--data", required=True, help=KINDS_OF_DATA)
 download_option = click.option("--download", is_flag=True, help="Fetch a missing CIFAR or SVHN.")
 checkpoint_option = click.option("--checkpoint", type=click.Path(), help="A .safetensors or .pt file.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -72,15 +72,20 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
     import torch
 
     from layerlens.layers import discover
-    from layerlens.models import build_model, default_input_shape
+    from layerlens.models import build_model, default_input_shape, reads_sentences
 
-    shape = _shape(input_shape) or default_input_shape(model)
-    network = build_model(model, input_shape=shape)
-    if shape is None:
-        raise click.UsageError(
-            f"{model!r} does not tell the shape of its input; give --input-shape channels,height,width"
-        )
-    found = discover(network, torch.zeros(2, *shape))
+    network: Any
+    if reads_sentences(model):
+        network = build_model(model)
+        found = discover(network, network.example())
+    else:
+        shape = _shape(input_shape) or default_input_shape(model)
+        network = build_model(model, input_shape=shape)
+        if shape is None:
+            raise click.UsageError(
+                f"{model!r} does not tell the shape of its input; give --input-shape channels,height,width"
+            )
+        found = discover(network, torch.zeros(2, *shape))
     rows = [
         {
             "index": f.index, "name": f.name, "kind": f.kind, "shape": list(f.shape), "neurons": f.neurons,
@@ -94,11 +99,9 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 @cli.command()
 @click.option("--config", "config_file", type=click.Path(), help="TOML file with any setting; options here win.")
 @click.option("--recipe", help="A published setting, see `layerlens recipes`; options here win.")
-@click.option("--objective", help="simclr, supcon, moco or supervised.")
+@click.option("--objective", help="simclr, supcon, moco or supervised; on sentences simcse, pairs or mlm.")
 @model_option
-@click.option(
-    "--data", help="digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, imagefolder:PATH, npz:PATH, pkg.module:factory."
-)
+@click.option("--data", help=KINDS_OF_DATA)
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Images per step.")
 @click.option("--learning-rate", type=float, help="At its peak; 0.06 · batch / 128 by default.")
@@ -114,6 +117,12 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 @click.option("--fraction", type=float, help="Share of the samples that are transformed.")
 @click.option("--stop-gradient/--no-stop-gradient", default=None, help="Block the gradient of transformed samples.")
 @click.option("--freeze", help="before or after: what of the network does not learn, parted at the augmented layer.")
+@click.option("--pooling", help="Of sentences: cls, cls-before-head, mean or first-last-mean.")
+@click.option("--max-length", type=int, help="Tokens of a sentence that are read.")
+@click.option("--model-dropout", type=float, help="Every dropout of an encoder; its own if left out.")
+@click.option("--mlm-weight", type=float, help="Factor on a masked-LM loss beside simcse.")
+@click.option("--dev", help="sts:PATH: scored pairs, whose Spearman correlation is logged and the best kept.")
+@click.option("--dev-every", type=int, help="Steps between two looks at them; each epoch if left out.")
 @click.option("--precision", help="32-true, bf16-mixed or 16-mixed.")
 @click.option("--devices", type=int, help="GPUs, or processes on the CPU.")
 @click.option("--out", type=click.Path(), help="Run folder; runs/OBJECTIVE-IDENTITY by default.")
@@ -133,7 +142,8 @@ def train(
 ) -> None:
     """Train a network and keep checkpoints.
 
-    Logs loss and online k-NN; the same command goes on where an interrupted run stopped. Every other setting has its
+    Logs loss and online k-NN, or on sentences the correlation with --dev; the same command goes on where an interrupted
+    run stopped. Every other setting has its
     place in a --config file.
     """
     from layerlens import figures
@@ -164,6 +174,9 @@ def train(
         "knn": result.knn,
         "wall_s": result.wall_s,
     }
+    if config.reads_text:
+        row = {**row, "dev": result.dev, "best": result.best}
+        del row["knn"]
     show(
         [{**row, "checkpoints": list(result.checkpoints), "environment": result.environment}] if as_json else [row],
         as_json,
@@ -339,11 +352,16 @@ def film(
     as_json: bool,
     **look: Any,
 ) -> None:
-    """Show how the similarity matrix of RUN changes over its checkpoints."""
+    """Show how the similarity matrix of RUN changes over its checkpoints.
+
+    Red marks are the layers that each checkpoint recommends, with the first one as the untrained twin.
+    """
     from layerlens import figures
+    from layerlens.analysis.measures import parse_measure
     from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import Settings, film_strip
+    from layerlens.recommendation import advice_over
 
     strip = film_strip(
         run, dataset=load_data(data) if data else None, model=model, measure=measure, settings=Settings(**look),
@@ -351,7 +369,9 @@ def film(
     )  # fmt: skip
     folder = Path(out) if out else Path(run) / "analysis"
     facts = _facts(Settings(**look), None, measured=run, measure=measure)
-    figures.save_figure(figures.film_strip(strip), folder / "film", strip, facts=facts)
+    advice = advice_over(strip) if parse_measure(measure)[0].name == "cka" else []
+    drawn = figures.film_strip(strip, targets=[found.targets if found else () for found in advice])
+    figures.save_figure(drawn, folder / "film", strip, facts=facts)
     if as_json:
         click.echo(json.dumps({**strip.to_dict(), "facts": facts}, allow_nan=False))
         return
@@ -452,6 +472,39 @@ def evaluate(
 
 
 @cli.command()
+@click.option("--data", required=True, help="text:PATH, pairs:PATH or sts:PATH; the training split is read.")
+@click.option("--vocabulary", default=8192, show_default=True, help="Tokens.")
+@click.option("--cased", is_flag=True, help="Keep capitals; without it all is lower case.")
+@click.option("--out", type=click.Path(), required=True, help="Folder; `hf-config:bert-tiny,tokenizer=FOLDER` uses it.")
+@json_option
+def tokenizer(data: str, vocabulary: int, cased: bool, out: str, as_json: bool) -> None:
+    """Learn a WordPiece vocabulary from sentences, for models without weights."""
+    from layerlens.encoders import train_tokenizer
+    from layerlens.training.loop import load_text
+
+    dataset = load_text(data)
+    sentences = (sentence for column in dataset.columns for sentence in column)
+    train_tokenizer(sentences, out, vocabulary=vocabulary, lowercase=not cased)
+    show([{"folder": out, "sentences": len(dataset) * len(dataset.columns)}], as_json)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("--out", type=click.Path(), required=True, help="A new folder.")
+@json_option
+def export(checkpoint: str, out: str, as_json: bool) -> None:
+    """Write CHECKPOINT of an encoder as a folder for SentenceTransformer(FOLDER)."""
+    from layerlens.encoders import SentenceEncoder
+    from layerlens.training.network import load_network
+
+    network, _ = load_network(checkpoint)
+    if not isinstance(network, SentenceEncoder):
+        raise click.UsageError(f"{checkpoint!r} is no encoder of sentences; export takes runs of simcse, pairs or mlm")
+    network.save_sentence_transformer(out)
+    show([{"folder": out, "pooling": network.pooling}], as_json)
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @analysis_options
 @click.option("--model", help="Specification, where the runs' model is somebody's factory.")
@@ -532,7 +585,8 @@ def _fail(text: str, code: int) -> None:
 
 
 def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Options over a file's settings; the four that belong to Deep Augmentation go into its table."""
+    """Options over a file's settings; those of Deep Augmentation and of sentences go into their tables."""
+    settings, given = _overlay_text(settings, dict(given))
     if not isinstance(settings.get("augment", {}), dict):
         raise click.UsageError(f"augment={settings['augment']!r} in the file; it is a table: [augment] with layer = …")
     names = ("transform", "rate", "fraction", "stop_gradient")
@@ -549,6 +603,14 @@ def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if "layer" not in augment:
         raise click.UsageError(f"--{next(iter(inner)).replace('_', '-')} needs --augment-layer")
     return {**settings, **given, "augment": augment}
+
+
+def _overlay_text(settings: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("pooling", "max_length", "model_dropout", "mlm_weight", "dev", "dev_every")
+    inner = {key: given.pop(key) for key in names if key in given}
+    if not isinstance(settings.get("text") or {}, dict):
+        raise click.UsageError(f"text={settings['text']!r} in the file; it is a table: [text] with pooling = …")
+    return ({**settings, "text": {**(settings.get("text") or {}), **inner}} if inner else settings), given
 
 
 def _analysis(
@@ -835,7 +897,11 @@ def _bar(title: str) -> Iterator[Callable[[Any], None]]:
 
             done = progress.step - 1
             bars.append(tqdm(total=progress.steps, initial=done, desc=title, unit="step", file=sys.stderr))
-        shown = {k: round(v, 4) for k, v in progress.metrics.items() if k in ("epoch", "loss", "knn") and v is not None}
+        shown = {
+            k: round(v, 4)
+            for k, v in progress.metrics.items()
+            if k in ("epoch", "loss", "knn", "dev") and v is not None
+        }
         bars[0].set_postfix(shown, refresh=False)
         bars[0].update(1)
         if progress.step == progress.steps:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
+from layerlens.text import TEXT_SOURCES, TextDataset, load_text
 
 SPLITS = ("train", "test")
 _COMMON = ("normalize", "classes")  # options of every data set, but of factories only the first
@@ -45,6 +46,10 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
+
+    def __len__(self) -> int:
+        """Images of the training split."""
+        return len(self.x_train)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -92,6 +97,9 @@ class Dataset:
         return Batches(self, images, labels, torch.arange(len(images)), batch_size)
 
 
+AnyDataset = Dataset | TextDataset
+
+
 class Batches:
     """An iterable of (images, labels), normalised, in an order that never changes.
 
@@ -103,9 +111,7 @@ class Batches:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        total = len(self.order)
-        fewest = min(4, self.batch_size)  # what an unbiased HSIC needs, unless still less was asked for
-        return min(-(-total // self.batch_size), max(total // fewest, 1))
+        return even_batches(len(self.order), self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for rows in self.order.tensor_split(len(self)):
@@ -113,18 +119,29 @@ class Batches:
             yield self.dataset.normalize(self.images[rows]), labels
 
 
+def even_batches(samples: int, batch_size: int) -> int:
+    """How many batches of nearly equal size, none too short for a statistic.
+
+    >>> even_batches(1000, 100), even_batches(101, 100)
+    (10, 2)
+    """
+    fewest = min(4, batch_size)  # what an unbiased HSIC needs, unless still less was asked for
+    return min(-(-samples // batch_size), max(samples // fewest, 1))
+
+
 def to_unit(images: Tensor) -> Tensor:
     """Images as float32 in [0, 1], whatever they are stored as."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def load_data(spec: str, *, download: bool = False) -> Dataset:
+def load_data(spec: str, *, download: bool = False) -> AnyDataset:
     """Load a data set by its specification.
 
     Args:
         spec: `digits`, `cifar10:ROOT`, `cifar100:ROOT`, `svhn:ROOT`, `imagefolder:PATH`, `npz:PATH` or
             `pkg.module:factory`; `,normalize=imagenet` or `,normalize=none` replaces the statistics of the
-            training split, and `,classes=0-4` keeps the images of these classes alone.
+            training split, and `,classes=0-4` keeps the images of these classes alone. For sentences, `text:PATH`,
+            `pairs:PATH` or `sts:PATH`, see `text.load_text`.
         download: Let torchvision fetch a missing CIFAR or SVHN.
 
     Raises:
@@ -132,6 +149,8 @@ def load_data(spec: str, *, download: bool = False) -> Dataset:
         DataError: The data are missing or damaged, or of the wrong shape or range.
     """
     parsed = parse_spec(spec)
+    if parsed.kind in TEXT_SOURCES:
+        return load_text(parsed)
     if parsed.kind in SOURCES:
         read, options = SOURCES[parsed.kind]
         parsed.check_options({*options, *_COMMON})
@@ -139,7 +158,8 @@ def load_data(spec: str, *, download: bool = False) -> Dataset:
     elif is_factory(parsed):
         made = _from_factory(parsed)
     else:
-        raise UnknownNameError(f"unknown data {spec!r}; {closest(parsed.kind, SOURCES)}, or pkg.module:factory")
+        known = [*SOURCES, *TEXT_SOURCES]
+        raise UnknownNameError(f"unknown data {spec!r}; {closest(parsed.kind, known)}, or pkg.module:factory")
     if "classes" in parsed.options and parsed.kind in SOURCES:  # a factory has options of its own
         made = _of_classes(made, str(parsed.options["classes"]))
     return _with_statistics(made, parsed.options.get("normalize"))

@@ -89,8 +89,7 @@ def heatmap(
             axes.add_patch(frame)
         for target in targets:
             place = matrix.rows.index(target.layer)
-            marker = ">" if target.stop_gradient else "<"
-            axes.plot(place, place, marker=marker, ms=9, mfc=_TARGET, mec="white", mew=0.9, ls="")
+            _mark(axes, place, target)
             for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
                 labels[place].set_color(_TARGET)
         axes.set_title(title if title is not None else f"{_name_of(matrix)}, {matrix.samples} samples")
@@ -131,14 +130,18 @@ def heatmaps(
     return figure
 
 
-def film_strip(strip: FilmStrip, *, columns: int = 6) -> Figure:
+def film_strip(strip: FilmStrip, *, targets: Sequence[Sequence[Target]] = (), columns: int = 6) -> Figure:
     """The matrices of a run's checkpoints, first to last, on one scale.
 
     Args:
         strip: From `pipeline.film_strip`.
+        targets: Of each frame, marked as in `heatmap`.
         columns: Frames per row.
     """
     import matplotlib.pyplot as plt
+
+    if targets and len(targets) != len(strip.frames):
+        raise ShapeError(f"targets of {len(targets)} frames for {len(strip.frames)}; give one sequence for each")
 
     if not strip.frames or columns < 1:
         raise ShapeError("no frame to draw" if not strip.frames else f"columns={columns}; allowed: 1 or more")
@@ -158,6 +161,8 @@ def film_strip(strip: FilmStrip, *, columns: int = 6) -> Figure:
             matrix, (low, top, colours) = strip.frames[place], _scale(strip.frames[0])
             axes.imshow(np.ma.masked_invalid(matrix.values), vmin=low, vmax=top, cmap=colours, origin="lower")
             axes.set_title(strip.labels[place])
+            for target in targets[place] if targets else ():
+                _mark(axes, strip.frames[place].layers.index(target.layer), target)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             named = place % across == 0
@@ -335,6 +340,12 @@ def save_figure(
     path = stem.with_name(f"{stem.name}.json")
     write_json(path, content)
     return [*written, path]
+
+
+def _mark(axes: Axes, place: int, target: Target) -> None:
+    """A triangle on the diagonal, that points right with stop-gradient and left without."""
+    marker = ">" if target.stop_gradient else "<"
+    axes.plot(place, place, marker=marker, ms=9, mfc=_TARGET, mec="white", mew=0.9, ls="")
 
 
 def _by_label(source: Any) -> Any:

@@ -73,8 +73,8 @@ def select(model: nn.Module, found: Sequence[Layer], layers: str | Sequence[str]
     Args:
         model: The network that `found` was discovered on.
         found: All its layers.
-        layers: `auto` (stem, stages, pool, head), `blocks` (every repeated block), `all`, or names and globs, as
-            a sequence or comma-separated.
+        layers: `auto` (stem, stages, pool, head), `blocks` (every repeated block), `all`, or names, indices and
+            globs, as a sequence or comma-separated.
 
     Raises:
         UnknownLayerError: A name that matches nothing; it lists the closest ones.
@@ -89,11 +89,16 @@ def select(model: nn.Module, found: Sequence[Layer], layers: str | Sequence[str]
     patterns = [p.strip() for p in layers.split(",")] if isinstance(layers, str) else list(layers)
     wanted: set[str] = set()
     for pattern in patterns:
-        matches = fnmatch.filter(by_name, pattern)
+        matches = fnmatch.filter(by_name, pattern) or _numbered(found, pattern)
         if not matches:
             raise UnknownLayerError(_unknown(model, pattern, list(by_name)))
         wanted.update(matches)
     return [layer for layer in found if layer.name in wanted]
+
+
+def _numbered(found: Sequence[Layer], pattern: str) -> list[str]:
+    """The default layer with that index: the paper's number of a layer, -1 for the input."""
+    return [layer.name for layer in found if layer.index is not None and str(layer.index) == pattern]
 
 
 def default_names(model: nn.Module, calls: Sequence[Layer], *, whole_stages: bool = True) -> list[str]:
@@ -101,9 +106,13 @@ def default_names(model: nn.Module, calls: Sequence[Layer], *, whole_stages: boo
 
     The blocks are the container class with two or more instances that holds the most parameters. Blocks that sit
     in several containers form stages (ResNet); blocks in one container stand for themselves (transformers). A
-    network without repeated containers is cut behind each weighted layer and what follows it.
+    network without repeated containers is cut behind each weighted layer and what follows it. A model that says so
+    itself, as its `layer_names`, is believed.
     """
     names = [call.name for call in calls]
+    own = getattr(model, "layer_names", None)
+    if isinstance(own, tuple) and whole_stages:
+        return [name for name in names if name in own]
     units = _blocks(model, names)
     if whole_stages:
         parents = list(dict.fromkeys(unit.rpartition(".")[0] for unit in units))

@@ -15,6 +15,7 @@ from layerlens.errors import ConfigError, DownloadError, ShapeError, UnknownName
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 from layerlens.untouched import observed, seed_everything, trial_run, untouched
 
+ENCODERS = ("hf", "hf-config")
 Shape = tuple[int, ...]
 Example = Tensor | Mapping[str, Any]
 
@@ -172,7 +173,8 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
 
     Args:
         spec: `resnet18-cifar`, `resnet50-cifar`, `resnet20-cifar` (32, 44, 56), `convnet-quick`, `mlp`,
-            `torchvision:NAME` or `pkg.module:factory`, with options behind: `resnet18-cifar,width=16`.
+            `torchvision:NAME` or `pkg.module:factory`, with options behind: `resnet18-cifar,width=16`; for sentences
+            `hf:NAME_OR_PATH` or `hf-config:NAME`, see `build_encoder`.
         input_shape: (channels, height, width) of the images; (3, 32, 32) where the model may choose.
         classes: Outputs of the classifier, unless the specification says.
 
@@ -182,6 +184,10 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
         DownloadError: `weights=…` could not be fetched.
     """
     parsed = parse_spec(spec)
+    if parsed.kind in ENCODERS:
+        from layerlens.encoders import build_encoder
+
+        return build_encoder(spec)
     options = dict(parsed.options)
     if parsed.kind in FAMILIES:
         build, allowed = FAMILIES[parsed.kind]
@@ -197,8 +203,18 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
             raise ConfigError(f"{spec!r} must return a torch.nn.Module; it returned {type(made).__name__}")
         return made
     raise UnknownNameError(
-        f"unknown model {spec!r}; {closest(parsed.kind, [*FAMILIES, 'torchvision:NAME'])}, or pkg.module:factory"
+        f"unknown model {spec!r}; {closest(parsed.kind, [*FAMILIES, 'torchvision:NAME', 'hf:PATH'])}, or "
+        "pkg.module:factory"
     )
+
+
+def reads_sentences(spec: str) -> bool:
+    """Whether the specification is that of an encoder of sentences.
+
+    >>> reads_sentences("hf:sentence-transformers/all-MiniLM-L6-v2"), reads_sentences("mlp")
+    (True, False)
+    """
+    return parse_spec(spec).kind in ENCODERS
 
 
 def default_input_shape(spec: str) -> Shape | None:
@@ -244,7 +260,13 @@ def replace_head(model: nn.Module, example: Tensor, head: Callable[[int], nn.Mod
 
 
 def head_name(model: nn.Module, example: Example) -> str:
-    """The layer whose output the model returns: its projection head or last linear layer; "" if there is none."""
+    """The layer whose output the model returns: its projection head or last linear layer; "" if there is none.
+
+    A model that says so itself, as its `head_layer`, is believed.
+    """
+    own = getattr(model, "head_layer", None)
+    if isinstance(own, str):
+        return own
     seen, final = _endings(model, example)
     ends = [name for name, out in seen if out is final]
     for kind in (ProjectionHead, nn.Linear):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from layerlens.activations import features
+from layerlens.activations import features, to_device
 from layerlens.analysis.cka import ESTIMATORS
 from layerlens.analysis.geometry import alignment, uniformity
 from layerlens.analysis.kernels import KERNELS
@@ -30,22 +30,26 @@ from layerlens.analysis.results import (
 )
 from layerlens.analysis.similarity import Settle, sample_influence, similarity_matrix
 from layerlens.augment.views import Views, usual_views
-from layerlens.data import SPLITS, Batches, Dataset, load_data, to_unit
+from layerlens.data import SPLITS, AnyDataset, Batches, Dataset, load_data, to_unit
 from layerlens.devices import device_of
+from layerlens.encoders import SentenceEncoder, same_tokens
 from layerlens.errors import ConfigError, DegenerateError, RunFolderError, check_known
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import PROTOCOLS, linear_probe, probe_accuracy
+from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.files import read_json, write_json
 from layerlens.models import head_name
 from layerlens.provenance import provenance
 from layerlens.recommendation import Recommendation, recommend
 from layerlens.reduction import make_reduction
 from layerlens.specs import parse_spec
+from layerlens.text import TextDataset
+from layerlens.token_batches import token_batches
 from layerlens.training.checkpoint import fingerprint
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, train
-from layerlens.training.network import load_network
+from layerlens.training.network import example_of, load_network
 from layerlens.training.run_folder import read_metrics, read_result
 
 T = TypeVar("T")
@@ -163,7 +167,7 @@ class RunAnalysis(Result):
 
 def analyze(
     network: nn.Module,
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     label: str = "model",
     settings: Settings | None = None,
@@ -184,7 +188,7 @@ def analyze(
         UnknownLayerError, NonFiniteError, BatchTooSmallError: As `cka_matrix`.
     """
     chosen, see = settings or Settings(), watch or silent
-    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    batches = batches_of(dataset, chosen, network)
     matrix = similarity_matrix(
         network, see(batches, f"CKA {label}"), chosen.layers, measure=chosen.cka, reduce=chosen.reduce,
         memory_mib=chosen.memory_mib, level=chosen.level, seed=chosen.seed,
@@ -200,12 +204,17 @@ def analyze(
 
 
 def measure_geometry(
-    network: nn.Module, dataset: Dataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
+    network: nn.Module, dataset: AnyDataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
 ) -> Geometry:
     """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image.
 
-    Both are NaN where an embedding is zero: a network that far collapsed is a finding, not an error.
+    Both are NaN where an embedding is zero: a network that far collapsed is a finding, not an error. On sentences see
+    `text_geometry`: the positive pairs are those that people scored as alike; without scores there is no alignment.
     """
+    if isinstance(dataset, TextDataset):
+        sentences = [] if dataset.tasks else batches_of(dataset, settings, network).chosen()
+        close, spread, count = text_geometry(network, dataset.tasks, sentences)
+        return Geometry(alignment=close, uniformity=spread, samples=count, split=settings.split, epoch=epoch)
     views = views or usual_views(flip=dataset.flip)
     batches = dataset.batches(
         settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
@@ -220,7 +229,7 @@ def measure_geometry(
 
 def evaluate(
     network: nn.Module,
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     layer: str | None = None,
     k: int = 200,
@@ -239,11 +248,14 @@ def evaluate(
 
     Returns:
         `knn`, `knn10`, `probe` (logistic regression), `linear` with a protocol, and `top1` if the network ends in a
-        linear layer with one output per class; in [0, 1].
+        linear layer with one output per class; in [0, 1]. On scored pairs of sentences the Spearman correlation of
+        each task and their `mean`, see `sts_scores`; in [-1, 1].
 
     Raises:
-        ConfigError: The data have no labels.
+        ConfigError: The data have no labels, or the sentences no scores.
     """
+    if isinstance(dataset, TextDataset):
+        return _evaluate_text(network, dataset, layer, protocol)
     if k < 1:
         raise ConfigError(f"k={k}; allowed: 1 or more")
     if protocol is not None:
@@ -269,7 +281,7 @@ def evaluate(
 
 def analyze_checkpoint(
     checkpoint: str | Path | None,
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     model: str | None = None,
     settings: Settings | None = None,
@@ -317,7 +329,7 @@ def analyze_checkpoint(
 
 def measure_network(
     network: nn.Module,
-    dataset: Dataset,
+    dataset: AnyDataset,
     measure: str,
     *,
     settings: Settings | None = None,
@@ -341,7 +353,7 @@ def measure_network(
     """
     chosen, see = settings or Settings(), watch or silent
     found, _ = parse_measure(measure)
-    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    batches = batches_of(dataset, chosen, network)
     common: dict[str, Any] = {
         "reduce": chosen.reduce, "level": chosen.level, "groups": groups, "memory_mib": chosen.memory_mib,
     }  # fmt: skip
@@ -356,7 +368,9 @@ def measure_network(
         return matrix
     if permutations or tolerance is not None or settle is not None:
         raise ConfigError(f"{found.name} is a measure of single layers; permutations and tolerance are for pairs")
-    view = _view_of(dataset, views or usual_views(flip=dataset.flip), chosen.seed)
+    view = None
+    if isinstance(dataset, Dataset):
+        view = _view_of(dataset, views or usual_views(flip=dataset.flip), chosen.seed)
     return measure_layers(network, loader, chosen.layers, measure=measure, views=view, **common)
 
 
@@ -370,13 +384,11 @@ def _with_settings(measure: str, settings: Settings) -> str:
 
 
 def influence_of_samples(
-    network: nn.Module, dataset: Dataset, settings: Settings, *, watch: Watch[Any] | None = None
+    network: nn.Module, dataset: AnyDataset, settings: Settings, *, watch: Watch[Any] | None = None
 ) -> SampleInfluence:
     """How much single images move the CKA matrix; `index` counts within the images that the settings choose."""
     see = watch or silent
-    batches = dataset.batches(
-        settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
-    )
+    batches = batches_of(dataset, settings, network)
     return sample_influence(
         network, see(batches, "influence"), settings.layers, kernel=settings.kernel, estimator=settings.estimator,
         reduce=settings.reduce, memory_mib=settings.memory_mib,
@@ -386,7 +398,7 @@ def influence_of_samples(
 def compare(
     first: nn.Module,
     second: nn.Module,
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     measure: str = "cka",
     other_layers: str | None = None,
@@ -407,7 +419,7 @@ def compare(
         groups, permutations: As for `similarity_matrix`.
     """
     chosen, see = settings or Settings(), watch or silent
-    batches = dataset.batches(chosen.split, samples=chosen.samples, batch_size=chosen.batch_size, seed=chosen.seed)
+    batches = batches_of(dataset, chosen, first, second)
     found = similarity_matrix(
         first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or chosen.layers,
         measure=_with_settings(measure, chosen), reduce=chosen.reduce, level=chosen.level, groups=groups,
@@ -420,7 +432,7 @@ def compare(
 def film_strip(
     folder: str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     model: str | None = None,
     measure: str = "cka",
     settings: Settings | None = None,
@@ -463,7 +475,7 @@ def film_strip(
 def analyze_run(
     folder: str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     model: str | None = None,
     settings: Settings | None = None,
     device: str | torch.device = "cpu",
@@ -548,9 +560,26 @@ def demo(
     return analyze_run(run, dataset=dataset, settings=Settings(samples=360, batch_size=36), watch=watch)
 
 
-def embedding_name(network: nn.Module, dataset: Dataset) -> str:
+def batches_of(dataset: AnyDataset, settings: Settings, *networks: nn.Module) -> Any:
+    """What the settings choose of a data set, in batches that all of the networks can run.
+
+    Raises:
+        ConfigError: Networks that cut sentences into other tokens each.
+    """
+    chosen = {"samples": settings.samples, "batch_size": settings.batch_size, "seed": settings.seed}
+    if isinstance(dataset, Dataset):
+        return dataset.batches(settings.split, **chosen)
+    encoders = [network for network in networks if isinstance(network, SentenceEncoder)]
+    if len(encoders) < len(networks):
+        raise ConfigError(f"{dataset.name} holds sentences, which only models hf:PATH and their checkpoints read")
+    if any(not same_tokens(encoders[0], other) for other in encoders[1:]):
+        raise ConfigError("the two models cut sentences into different tokens, so no batch fits both")
+    return token_batches(encoders[0], dataset, settings.split, **chosen)
+
+
+def embedding_name(network: nn.Module, dataset: AnyDataset) -> str:
     """What `features` means by the embedding of a network, in words."""
-    head = head_name(network, torch.zeros(2, *dataset.input_shape, device=device_of(network)))
+    head = head_name(network, to_device(example_of(network, dataset), device_of(network)))
     return f"input of {head}" if head else "output"
 
 
@@ -580,6 +609,14 @@ class _Viewed:
             yield self.batches.dataset.normalize(self.views(images, generator))
 
 
+def _evaluate_text(
+    network: nn.Module, dataset: TextDataset, layer: str | None, protocol: str | None
+) -> dict[str, float]:
+    if layer is not None or protocol is not None:
+        raise ConfigError("layer and protocol are for images; sentences are scored by the encoder's own embedding")
+    return sts_scores(network, dataset.tasks)
+
+
 def _classifies(network: nn.Module, dataset: Dataset) -> bool:
     """Whether the network ends in a linear classifier for this data set's classes."""
     head = network.get_submodule(head_name(network, torch.zeros(2, *dataset.input_shape, device=device_of(network))))
@@ -587,9 +624,10 @@ def _classifies(network: nn.Module, dataset: Dataset) -> bool:
 
 
 def _scores(
-    paths: Iterable[Path], dataset: Dataset, model: str | None, device: str | torch.device, see: Watch[Any]
+    paths: Iterable[Path], dataset: AnyDataset, model: str | None, device: str | torch.device, see: Watch[Any]
 ) -> dict[str, dict[str, float]]:
-    if dataset.y_train is None or dataset.y_test is None:
+    scored = bool(dataset.tasks) if isinstance(dataset, TextDataset) else dataset.y_train is not None
+    if not scored or (isinstance(dataset, Dataset) and dataset.y_test is None):
         return {}
     networks = {path.stem: load_network(path, model=model, dataset=dataset)[0] for path in paths}
     return {label: evaluate(network.to(device), dataset, watch=see) for label, network in networks.items()}

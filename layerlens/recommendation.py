@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerlens.analysis.regions import Region, RegionSet, find_regions
-from layerlens.analysis.results import Caution, Geometry, Result, SimilarityMatrix, restore_cautions
+from layerlens.analysis.results import (
+    Caution,
+    FilmStrip,
+    Geometry,
+    Result,
+    SimilarityMatrix,
+    restore_cautions,
+)
 
 NEAR_ZERO = -0.2  # uniformity
 COLLAPSED = 1.5  # directions that carry the variance of the last layer
@@ -118,6 +125,20 @@ def recommend(
         reason=_verdict(found, supported),
         targets=targets, regions=found, cautions=tuple(sorted(cautions, key=lambda c: c.code)), samples=cka.samples,
     )  # fmt: skip
+
+
+def advice_over(strip: FilmStrip, *, level: float = 0.95, seed: int = 0) -> list[Recommendation | None]:
+    """What each checkpoint of a run recommends, with its first one as the untrained twin.
+
+    Args:
+        strip: From `film_strip`.
+        level, seed: As for `recommend`.
+
+    Returns:
+        One per frame; None for the first, which is what the others are compared with.
+    """
+    later = [recommend(frame, strip.frames[0], level=level, seed=seed) for frame in strip.frames[1:]]
+    return [None, *later]
 
 
 def settled(

@@ -10,12 +10,12 @@ import torch
 
 from layerlens.analysis.results import Result
 from layerlens.augment.views import usual_views
-from layerlens.data import SPLITS, Dataset, load_data
+from layerlens.data import SPLITS, AnyDataset, Dataset, load_data
 from layerlens.errors import ConfigError, RunFolderError
 from layerlens.evaluation.classifier import classifier_accuracy
 from layerlens.pipeline import Settings, Watch, evaluate, measure_geometry, read_run_config, silent
 from layerlens.provenance import provenance
-from layerlens.training.config import make_config
+from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import train
 from layerlens.training.network import load_network
 from layerlens.training.run_folder import read_result
@@ -48,7 +48,7 @@ class Trajectory(Result):
 def evaluate_run(
     folder: str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     model: str | None = None,
     k: int = 200,
     protocol: str | None = None,
@@ -62,7 +62,8 @@ def evaluate_run(
     Args:
         folder: The run.
         dataset: Another data set of the same image shape; the run's own by default. Its training split is the bank
-            of the k-NN and the probe's training set, its test split is scored.
+            of the k-NN and the probe's training set, its test split is scored. Of a run over sentences, scored pairs
+            (`sts:PATH`); its dev pairs by default.
         model: Specification, where the run's model is somebody's factory.
         k, protocol: As for `evaluate`.
         labelled: Whether to score; without, only the geometry is measured, which needs no labels.
@@ -76,17 +77,16 @@ def evaluate_run(
     """
     folder, chosen, see = Path(folder).resolve(), settings or Settings(), watch or silent
     config, result = read_run_config(folder), read_result(folder)
-    data = dataset or load_data(config.data)
-    if dataset is None and data.fingerprint() != config.data_sha256:
-        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {config.data!r} than are there now")
+    data = dataset or _own_data(config, folder)
     rows = []
     for name in see(result.checkpoints, "checkpoints"):
         network, metadata = load_network(folder / name, model=model, dataset=data)
         network = network.to(device)
         scores = evaluate(network, data, k=k, protocol=protocol) if labelled else {}
         row: dict[str, Any] = {"epoch": metadata.get("epoch"), **scores}
-        for split in reversed(SPLITS):
-            where = measure_geometry(network, data, replace(chosen, split=split), views=usual_views(flip=data.flip))
+        for split in reversed(SPLITS) if isinstance(data, Dataset) else ("test",):
+            views = usual_views(flip=data.flip) if isinstance(data, Dataset) else None
+            where = measure_geometry(network, data, replace(chosen, split=split), views=views)
             row |= {f"alignment_{split}": where.alignment, f"uniformity_{split}": where.uniformity}
         rows.append(row)
     facts = {
@@ -96,9 +96,26 @@ def evaluate_run(
     return Trajectory(name=folder.name, data=data.name, rows=tuple(rows), facts=facts)
 
 
+def _own_data(config: RunConfig, folder: Path) -> AnyDataset:
+    """What a run is scored on: its data, or its dev pairs of sentences.
+
+    Raises:
+        RunFolderError: Other contents are there now.
+        ConfigError: Sentences without scores.
+    """
+    text = config.text
+    spec, sha256 = (config.data, config.data_sha256) if text is None else (text.dev, text.dev_sha256)
+    if spec is None:
+        raise ConfigError(f"{str(folder)!r} has no scored pairs of sentences of its own; give --data sts:PATH")
+    data = load_data(spec)
+    if data.fingerprint() != sha256:
+        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {spec!r} than are there now")
+    return data
+
+
 def finetune(
     checkpoint: str | Path,
-    dataset: Dataset,
+    dataset: AnyDataset,
     folder: str | Path,
     *,
     model: str | None = None,
@@ -125,7 +142,7 @@ def finetune(
     Raises:
         ConfigError: Data without labels, or an unknown setting.
     """
-    if dataset.y_test is None:
+    if not isinstance(dataset, Dataset) or dataset.y_test is None:
         raise ConfigError(f"{dataset.name} has no labels; fine-tuning needs y_train and y_test")
     spec = model or load_network(checkpoint, dataset=dataset)[1].get("model")
     fields = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerlens.augment.deep import RANDOM, Attachable
 from layerlens.augment.spatial import Mix, cutmix, cutout, mixup, translate
+from layerlens.augment.transforms import gaussian_noise, real_positions
 from layerlens.errors import ConfigError, check_known
 
 KINDS: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, Mix]]] = {
@@ -157,15 +158,19 @@ class _Position:
     def __init__(self, adalase: AdaLASE, layer: str) -> None:
         self.adalase, self.layer = adalase, layer
 
-    def augment(self, h: Tensor) -> Tensor:
+    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         active = self.adalase.active
         if active is None or self.adalase.arms[active][0] != self.layer:
             return h
-        changed = KINDS[self.adalase.arms[active][1]](h)
+        kind, real = self.adalase.arms[active][1], real_positions(h, mask)
+        measures = kind == "noise" and real is not None  # padding has no part in the spread
+        changed = gaussian_noise(h, 0.5, mask=mask) if measures else KINDS[kind](h)
         if isinstance(changed, Tensor):
-            return changed
-        self.adalase.mix = changed[1]
-        return changed[0]
+            return changed if real is None else torch.where(real, changed, h)
+        mixed, self.adalase.mix = changed
+        if real is None:
+            return mixed
+        return torch.where(real & real[self.adalase.mix.partner], mixed, h)  # a token mixes with tokens alone
 
     def restart(self) -> None:
         self.adalase.mix = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from layerlens.augment.transforms import (
     dropout_channels,
     dropout_positions,
     gaussian_noise,
+    real_positions,
     remove_principal_components,
 )
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, check_known, closest
@@ -29,6 +31,8 @@ RANDOM = {
 }
 TRANSFORMS = (*RANDOM, "pca")
 PAIRS = ("independent", "one")
+MASK = "attention_mask"
+PACKED = "cu_seq_lens_q"  # transformers' and sentence-transformers' name, for batches without padding
 
 
 class Attachable:
@@ -73,11 +77,14 @@ class DeepAugmentation(Attachable):
     The model's code stays as it is: the operator hangs on a layer as a hook, in any training loop, and leaves
     with the block.
 
+    Padding stays as it is and enters no statistic where the model is called with an `attention_mask` (n, t), or with
+    a mapping that holds one, and the layer gives (n, t, d).
+
     Args:
         layer: Layer name, or several; `name#k` for the k-th call of a module that runs often in a pass; `input` for
             what the model is fed.
         transform: `dropout`, `channel-dropout`, `position-dropout`, `noise`, `pca`, or a function from activations
-            (n, …) to the same shape.
+            (n, …) to the same shape (which sees padding too; what it makes of it is dropped).
         rate: Dropout rate in [0, 1]; of `noise`, its deviation over the sample's own.
         fraction: Probability in [0, 1] that a sample is transformed, independent per sample; 0.5 in the paper.
         stop_gradient: Let no gradient pass through the transformed samples (the others keep theirs).
@@ -141,12 +148,24 @@ class DeepAugmentation(Attachable):
             raise ConfigError("this DeepAugmentation is attached already; call detach() first")
         self._hang(model, ((layer, self) for layer in self.layers))
 
-    def augment(self, h: Tensor) -> Tensor:
-        """Apply the operator to one batch of activations, shape (n, …)."""
+    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply the operator to one batch of activations, shape (n, …).
+
+        Args:
+            h: Activations.
+            mask: Shape (n, t) of activations (n, t, d): nonzero marks a token, zero padding, which stays as it is.
+
+        Raises:
+            ShapeError: A mask that does not fit, activations without the positions that the transform needs, or
+                `pairs="one"` with an odd number of rows.
+        """
         if self.fraction == 0 or self._resting:
             return h
-        mask = self._views(h) if self.pairs == "one" else self._draw(h.shape[0], h.device) <= self.fraction
-        return torch.where(mask.view(-1, *[1] * (h.ndim - 1)), self._transformed(h), h)
+        chosen = self._views(h) if self.pairs == "one" else self._draw(h.shape[0], h.device) <= self.fraction
+        chosen = chosen.view(-1, *[1] * (h.ndim - 1))
+        if (real := real_positions(h, mask)) is not None:
+            chosen = chosen & real
+        return torch.where(chosen, self._transformed(h, mask), h)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -174,7 +193,7 @@ class DeepAugmentation(Attachable):
             self._chosen = torch.cat([first, ~first])
         return self._chosen
 
-    def _transformed(self, h: Tensor) -> Tensor:
+    def _transformed(self, h: Tensor, mask: Tensor | None) -> Tensor:
         source = h.detach() if self.stop_gradient else h
         if callable(self.transform):
             changed = self.transform(source)
@@ -184,7 +203,9 @@ class DeepAugmentation(Attachable):
                 )
             return changed.detach() if self.stop_gradient else changed
         if self.transform == "pca":
-            return remove_principal_components(source, self.components, per_token=self.per_token)
+            return remove_principal_components(source, self.components, per_token=self.per_token, mask=mask)
+        if self.transform == "noise":
+            return gaussian_noise(source, self.rate, generator=self.generator, mask=mask)
         return RANDOM[self.transform](source, self.rate, generator=self.generator)
 
     def __deepcopy__(self, _memo: object) -> DeepAugmentation:
@@ -195,8 +216,8 @@ class DeepAugmentation(Attachable):
 class Operator(Protocol):
     """What may hang on a layer."""
 
-    def augment(self, h: Tensor) -> Tensor:
-        """One batch of activations, changed."""
+    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One batch of activations, changed; a mask (n, t) says where those of shape (n, t, d) hold tokens."""
         ...
 
     def restart(self) -> None:
@@ -205,49 +226,102 @@ class Operator(Protocol):
 
 
 class LayerHook:
-    """One layer's hooks; counts the calls of its module within a pass of the whole model."""
+    """One layer's hooks; counts the calls of its module, and knows the attention mask, within a pass of the model."""
 
     def __init__(self, operator: Operator, layer: str, wanted: int | None) -> None:
         self.operator, self.layer, self.wanted, self.count = operator, layer, wanted, 0
-        self.ran = False
+        self.ran = self.running = False
+        self.mask: Tensor | None = None
+        self.mask_place: int | None = None  # of attention_mask among the positional arguments
 
     def attach(self, model: nn.Module, module: nn.Module) -> list[Any]:
         """Hang on the layer's module; the handles remove it."""
-        handles: list[Any] = [model.register_forward_pre_hook(self._restart, prepend=True)]  # before any input hook
+        self.mask_place = _place_of_argument(model, MASK)
+        begin = model.register_forward_pre_hook(self._restart, prepend=True, with_kwargs=True)  # before any input hook
         if self.layer == INPUT:
-            return [*handles, model.register_forward_pre_hook(self._on_input, with_kwargs=True)]
-        handles.append(module.register_forward_hook(self._on_output))
-        return [*handles, model.register_forward_hook(self._finish)]
+            return [begin, model.register_forward_pre_hook(self._on_input, with_kwargs=True)]
+        output = module.register_forward_hook(self._on_output)
+        return [begin, output, model.register_forward_hook(self._finish)]
 
-    def _restart(self, _module: nn.Module, _args: Any) -> None:
-        self.count = 0
+    def _restart(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.count, self.running = 0, True
+        self.mask = self._mask_of(args, kwargs) if module.training else None
         self.operator.restart()
+
+    def _mask_of(self, args: Any, kwargs: Any) -> Tensor | None:
+        """The attention mask (n, t) that the model is called with."""
+        named = {**args[0], **kwargs} if args and isinstance(args[0], Mapping) else kwargs
+        if PACKED in named:
+            raise ConfigError(
+                f"sentences came packed into one row ({PACKED!r}), so the samples of {self.layer!r} are not known; "
+                "feed padded batches (sentence-transformers: model[0].unpad_inputs = False)"
+            )
+        mask = named.get(MASK)
+        if mask is None and self.mask_place is not None and self.mask_place < len(args):
+            mask = args[self.mask_place]
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not module.training:
             return None
         if main_tensor(args) is not None:
-            return self._changed(args), kwargs
-        return args, self._changed(kwargs)
+            return self._changed(module, args), kwargs
+        return args, self._changed(module, kwargs)
 
     def _on_output(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        if not module.training:
+            self.count += 1
+            return None
+        self._refuse_recomputation()
         self.count += 1
-        if not module.training or self.wanted not in (None, self.count):
+        if self.wanted not in (None, self.count):
             return None
         if self.wanted is None and self.count > 1:
             raise UnknownLayerError(
                 f"{self.layer!r} runs several times in a pass; name one call: '{self.layer}#1', '{self.layer}#2', …"
             )
-        return self._changed(output)
+        return self._changed(module, output)
+
+    def _refuse_recomputation(self) -> None:
+        """Inside a checkpointed block the pass that a call repeats, its draws and its mask, are not known."""
+        if not self.running and torch._C._current_graph_task_id() >= 0:
+            raise ConfigError(
+                f"{self.layer!r} runs again in the backward pass (gradient checkpointing), where its draws can't be "
+                "repeated; augment the output of a whole block, or train without gradient checkpointing"
+            )
 
     def _finish(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """The first training pass must reach the layer; later ones may leave it out (stochastic depth)."""
+        self.running, self.mask = False, None
         if module.training and not self.ran:
             if self.count < (self.wanted or 1):
                 name = self.layer.partition("#")[0]
                 raise UnknownLayerError(f"{self.layer!r} never ran: {name!r} runs {self.count} times in a pass")
             self.ran = True
 
-    def _changed(self, output: Any) -> Any:
+    def _changed(self, module: nn.Module, output: Any) -> Any:
         found = main_tensor(output)
-        return output if found is None else replace_main_tensor(output, self.operator.augment(found))
+        if found is None:
+            return output
+        if found.dtype in (torch.int32, torch.int64):
+            raise ConfigError(_not_activations(self.layer, module, found))
+        if self.mask is not None and found.ndim == 3 and found.shape[:2] == self.mask.shape:
+            return replace_main_tensor(output, self.operator.augment(found, self.mask))
+        return replace_main_tensor(output, self.operator.augment(found))
+
+
+def _place_of_argument(model: nn.Module, name: str) -> int | None:
+    try:
+        names = list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):  # a compiled callable without a signature
+        return None
+    return names.index(name) if name in names else None
+
+
+def _not_activations(layer: str, module: nn.Module, found: Tensor) -> str:
+    kind, numbers = type(module).__name__, f"whole numbers {tuple(found.shape)}"
+    if layer != INPUT:
+        return f"{layer!r} ({kind}) gives {numbers}, no activations; choose a layer inside it"
+    inside = next((name for name, _ in call_names(module) if "embedding" in name.rpartition(".")[2].lower()), None)
+    choice = f", {inside!r}" if inside else ""
+    return f"the input of {kind} are token ids, {numbers}, no activations; choose the embeddings layer{choice}"

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from layerlens.analysis.results import Result
-from layerlens.data import Dataset
+from layerlens.data import AnyDataset
 from layerlens.errors import require
 from layerlens.experiments.grid import Plan, PlannedRun
 from layerlens.experiments.measuring import measure_run
 from layerlens.experiments.store import Store
+from layerlens.text import TextDataset
 from layerlens.training.config import RunConfig
 from layerlens.training.loop import train
 from layerlens.training.order import Order
@@ -131,12 +132,12 @@ def _kind(config: RunConfig) -> str:
     return ", ".join(parts)
 
 
-def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any], device: str) -> _Timed:
+def _time(run: PlannedRun, datasets: dict[str, AnyDataset], measure: dict[str, Any], device: str) -> _Timed:
     """Train a few steps of a run on a part of its data, in a folder that is thrown away, and measure what it kept."""
     whole = datasets[run.config.data]
     small, moments = _cut(whole, max(SCORED_IMAGES, 2 * run.config.batch_size)), list[float]()
     config = run.config.model_copy(update={"holdout": 0.0, "epochs": 2, "keep_every": 2, "knn_every": 2})
-    images = min(STEPS * config.batch_size, len(small.x_train))
+    images = min(STEPS * config.batch_size, len(small))
     config = config.model_copy(update={"train_samples": images // config.batch_size * config.batch_size or images})
     with tempfile.TemporaryDirectory(prefix="layerlens-cost-") as place:
         folder = Path(place) / "run"
@@ -149,7 +150,7 @@ def _time(run: PlannedRun, datasets: dict[str, Dataset], measure: dict[str, Any]
             data = small if m.data is None else _cut(datasets[m.data], SCORED_IMAGES)
             begin = time.perf_counter()
             measure_run(folder, m.kind, m.file, dataset=data, model=config.model, measure=measure, device=device)
-            share = 1.0 if m.kind == "cka" else len(datasets[m.data or config.data].x_train) / len(data.x_train)
+            share = 1.0 if m.kind == "cka" else len(datasets[m.data or config.data]) / len(data)
             measure_s += share * (time.perf_counter() - begin) / len(result.checkpoints)
     return _Timed(
         step_s=_step_s(moments), measure_s=measure_s, checkpoint=checkpoint,
@@ -178,10 +179,12 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cut(dataset: Dataset, count: int) -> Dataset:
-    """Some images of both splits, in the proportion of the whole; at random, as data may be sorted by class."""
-    if count >= len(dataset.x_train):
+def _cut(dataset: AnyDataset, count: int) -> AnyDataset:
+    """Some samples of both splits, in the proportion of the whole; at random, as data may be sorted by class."""
+    if count >= len(dataset):
         return dataset
+    if isinstance(dataset, TextDataset):
+        return replace(dataset, columns=tuple([column[i] for i in range(count)] for column in dataset.columns))
     rows = torch.randperm(len(dataset.x_train), generator=torch.Generator().manual_seed(0))[:count]
     other = max(count * len(dataset.x_test) // len(dataset.x_train), 8)
     queries = torch.randperm(len(dataset.x_test), generator=torch.Generator().manual_seed(0))[:other]

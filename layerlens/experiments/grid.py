@@ -9,19 +9,17 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-import torch
-
-from layerlens.data import Dataset, load_data
+from layerlens.data import AnyDataset, Dataset, load_data
 from layerlens.errors import ConfigError, LayerlensError, check_known
 from layerlens.evaluation.probe import PROTOCOLS
 from layerlens.experiments.study import WORDS, Arm, Axes, Measure, Study, axis_name
 from layerlens.layers import INPUT, discover
 from layerlens.training.config import RunConfig, make_config, overlay
 from layerlens.training.loop import check_run, resolve
-from layerlens.training.network import adalase_layers, build_network
+from layerlens.training.network import adalase_layers, build_network, example_of
 from layerlens.training.order import Order
 
-Load = Callable[[str], Dataset]
+Load = Callable[[str], AnyDataset]
 HARMLESS = (
     "seed",
     "epochs",
@@ -97,7 +95,7 @@ class Plan:
 
     study: Study
     runs: tuple[PlannedRun, ...]
-    datasets: dict[str, Dataset] = field(default_factory=dict, repr=False, compare=False)
+    datasets: dict[str, AnyDataset] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def distinct(self) -> dict[str, PlannedRun]:
@@ -133,7 +131,7 @@ def make_plan(study: Study, *, load: Load | None = None) -> Plan:
 class _Planner:
     def __init__(self, study: Study, load: Load) -> None:
         self.study, self.load = study, load
-        self.datasets: dict[str, Dataset] = {}
+        self.datasets: dict[str, AnyDataset] = {}
         self.checked: set[str] = set()
         self.models: dict[str, str] = {}  # of starts, by key
         self.layers: dict[tuple[str, str, str, str], list[str]] = {}
@@ -204,7 +202,7 @@ class _Planner:
             measured=tuple(self._measured(resolved, arm.transfer if arm else ())),
         )  # fmt: skip
 
-    def _check(self, config: RunConfig, dataset: Dataset) -> None:
+    def _check(self, config: RunConfig, dataset: AnyDataset) -> None:
         """See that such a run can begin; once for all runs that differ in numbers that can't hinder it."""
         plain = config.model_copy(update={**dict.fromkeys(HARMLESS), "augment": _where(config)})
         images, network = repr(plain), repr(plain.model_copy(update=dict.fromkeys(IMAGES)))
@@ -218,8 +216,10 @@ class _Planner:
         measure = self.study.measure
         if measure.cka:
             yield _measured("cka", None, str(config.data_sha256), measure)
-        if measure.scores:
+        if measure.scores and config.text is None:
             yield _measured("scores", None, str(config.data_sha256), measure)
+        elif measure.scores and config.text is not None and config.text.dev is not None:
+            yield _measured("scores", None, str(config.text.dev_sha256), measure)
         for data in transfer:
             self._check_transfer(config, data)
             yield _measured("scores", data, self._dataset(data).fingerprint(), measure)
@@ -227,6 +227,13 @@ class _Planner:
     def _check_transfer(self, config: RunConfig, data: str) -> None:
         """See that a network can be scored on other data."""
         other, own = self._dataset(data), self._dataset(config.data)
+        if not isinstance(other, Dataset) or not isinstance(own, Dataset):
+            if isinstance(own, Dataset) or isinstance(other, Dataset) or not other.tasks:
+                raise ConfigError(
+                    f"{self.study.name}: transfer from {config.data!r} to {data!r}; allowed: from images to images, "
+                    "and from sentences to scored pairs, sts:PATH"
+                )
+            return
         if other.y_train is None or other.y_test is None:
             raise ConfigError(f"{self.study.name}: transfer to {data!r}, which has no labels to score")
         if other.input_shape != own.input_shape:
@@ -258,7 +265,8 @@ class _Planner:
         sought = (config.model, config.data, config.objective, kinds)
         if sought not in self.layers:
             dataset = self._dataset(config.data)
-            network, example = build_network(config, dataset), torch.zeros(2, *dataset.input_shape)
+            network = build_network(config, dataset)
+            example = example_of(network, dataset)
             if kinds:
                 self.layers[sought] = adalase_layers(config, network, example)
             else:
@@ -269,7 +277,7 @@ class _Planner:
             raise ConfigError(f"{words!r} of {config.model!r} are none; name the layers")
         return chosen
 
-    def _dataset(self, spec: str) -> Dataset:
+    def _dataset(self, spec: str) -> AnyDataset:
         if spec not in self.datasets:
             self.datasets[spec] = self.load(spec)
         return self.datasets[spec]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerlens.data import Dataset
+from layerlens.data import AnyDataset, Dataset
 from layerlens.devices import pick_device
 from layerlens.files import write_json
 from layerlens.pipeline import Settings, film_strip
@@ -14,13 +14,20 @@ from layerlens.trajectory import evaluate_run
 
 
 def measure_run(
-    folder: Path, kind: str, file: str, *, dataset: Dataset, model: str, measure: dict[str, Any], device: str = "auto"
+    folder: Path,
+    kind: str,
+    file: str,
+    *,
+    dataset: AnyDataset,
+    model: str,
+    measure: dict[str, Any],
+    device: str = "auto",
 ) -> None:
     """Measure each kept checkpoint of a finished run, unless that was done, and write it atomically.
 
     Args:
         folder: The run.
-        kind: `scores` (k-NN, probe, alignment, uniformity) or `cka` (similarity of all layers).
+        kind: `scores` (k-NN, probe or Spearman, alignment, uniformity) or `cka` (similarity of all layers).
         file: Where to, within the folder.
         dataset: The run's own data, or others to score on.
         model: The run's, as its settings name it.
@@ -40,6 +47,10 @@ def measure_run(
             found: Any = film_strip(folder, dataset=dataset, model=model, settings=settings, device=where)
         else:
             chosen = {"k": measure["k"], "protocol": measure["protocol"], "settings": settings}
-            chosen["labelled"] = dataset.y_train is not None
-            found = evaluate_run(folder, dataset=dataset, model=model, device=where, **chosen)
+            scored: AnyDataset | None = dataset
+            if isinstance(dataset, Dataset):
+                chosen["labelled"] = dataset.y_train is not None
+            elif not dataset.tasks:  # sentences to train on: the run's dev pairs have the scores
+                scored = None
+            found = evaluate_run(folder, dataset=scored, model=model, device=where, **chosen)
         write_json(folder / file, found.to_dict())

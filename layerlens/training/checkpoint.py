@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,14 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {str(k): v for k, v in content.items()}, {}
 
 
-def load_into(model: nn.Module, path: str | Path, *, fresh: str = "") -> dict[str, Any]:
+def load_into(model: nn.Module, path: str | Path, *, fresh: str | Sequence[str] = "") -> dict[str, Any]:
     """Load a checkpoint's weights into a model of the same architecture; return its metadata.
 
     Args:
         model: Gets the weights.
         path: The checkpoint.
-        fresh: Name of a part, such as a head, that keeps its own weights where the file's do not fit it. The
-            metadata that come back then have `fresh`: whether it did.
+        fresh: Names of parts, such as a head, that keep their own weights where the file's do not fit them. The
+            metadata that come back then have `fresh`: whether one did.
 
     Raises:
         CheckpointError: Another architecture; the first keys that differ are named, and the model is unchanged.
@@ -77,10 +77,11 @@ def load_into(model: nn.Module, path: str | Path, *, fresh: str = "") -> dict[st
     state, metadata = load_state(path)
     own = model.state_dict()
     state = _without_prefix(state, own)
-    kept = fresh and _differ(_within(state, fresh), _within(own, fresh))
-    if kept:
-        state = {name: value for name, value in state.items() if name not in _within(state, fresh)}
-        own = {name: value for name, value in own.items() if name not in _within(own, fresh)}
+    parts = [fresh] if isinstance(fresh, str) else fresh
+    kept = [part for part in parts if part and _differ(_within(state, part), _within(own, part))]
+    for part in kept:
+        state = {name: value for name, value in state.items() if name not in _within(state, part)}
+        own = {name: value for name, value in own.items() if name not in _within(own, part)}
     if problems := _differ(state, own):
         raise CheckpointError(
             f"{str(path)!r} is of another architecture: {'; '.join(problems[:3])} ({len(problems)} in all)"

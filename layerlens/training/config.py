@@ -16,7 +16,22 @@ from layerlens.augment.adalase import MIXING
 from layerlens.errors import ConfigError, closest
 
 SCHEMA = 2
-TEMPERATURES = {"simclr": 0.5, "supcon": 0.5, "moco": 0.2, "supervised": 1.0}
+TEXT_OBJECTIVES = ("simcse", "pairs", "mlm")
+TEMPERATURES = {
+    "simclr": 0.5, "supcon": 0.5, "moco": 0.2, "supervised": 1.0, "simcse": 0.05, "pairs": 0.05, "mlm": 1.0,
+}  # fmt: skip
+_TEXT = {
+    "optimizer": "adamw",
+    "schedule": "linear",
+    "weight_decay": 0.0,
+    "warmup_epochs": 0.0,
+    "clip": 1.0,
+    "epochs": 1,
+    "batch_size": 64,
+    "learning_rate": 3e-5,
+    "channels_last": False,
+}  # fmt: skip - the protocol of SimCSE, arXiv:2104.08821
+LATER = {"schedule": "cosine", "clip": None, "text": None}  # settings that came later: these values changed nothing
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -99,6 +114,19 @@ class MoCoConfig(_Strict):
     bn_splits: int = Field(1, ge=1, description="groups with batch-norm statistics of their own, as on that many GPUs")
 
 
+class TextConfig(_Strict):
+    """Sentences and their encoder; the meaning of pooling and head is that of `SentenceEncoder`."""
+
+    pooling: Literal["cls", "cls-before-head", "mean", "first-last-mean"] = "cls-before-head"
+    max_length: int = Field(32, ge=4, description="tokens of a sentence that are read")
+    model_dropout: float | None = Field(None, ge=0, lt=1, description="every dropout of the model; its own if left out")
+    mlm_weight: float = Field(0.0, ge=0, description="factor on the masked-LM loss beside simcse; 0.1 in SimCSE")
+    mlm_share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that the masked-LM loss asks for")
+    dev: str | None = Field(None, description="sts:PATH whose Spearman correlation is logged; the best is kept")
+    dev_every: int | None = Field(None, ge=1, description="steps between two looks at dev; each epoch if left out")
+    dev_sha256: str | None = Field(None, description="fingerprint of dev; filled in by `train`")
+
+
 class ViewsConfig(_Strict):
     """Random views of one run; the meaning of each field is that of `Views`."""
 
@@ -122,18 +150,22 @@ class RunConfig(_Strict):
     """One training run. Two runs with equal configurations are the same run.
 
     `learning_rate` is the peak, reached after `warmup_epochs`; None means 0.06 · batch_size / 128. `temperature` None
-    means the objective's usual one (0.2 MoCo, else 0.5), `labels` None 0 for MoCo and 1 otherwise. `views` None means
-    the objective's usual ones on this data; `train` writes down what that was.
+    means the objective's usual one (0.2 MoCo, 0.05 for sentences, else 0.5), `labels` None 0 for MoCo and 1 otherwise.
+    `views` None means the objective's usual ones on this data; `train` writes down what that was. With an objective
+    for sentences (simcse, pairs, mlm) the defaults are SimCSE's: AdamW at 3e-5 with linear decay, gradients clipped at
+    norm 1, one epoch in batches of 64.
     """
 
-    objective: Literal["simclr", "supcon", "moco", "supervised"] = "simclr"
+    objective: Literal["simclr", "supcon", "moco", "supervised", "simcse", "pairs", "mlm"] = "simclr"
     model: str = "resnet18-cifar"
     data: str = "digits"
     seed: int = Field(0, ge=0, lt=2**63)
     epochs: int = Field(100, ge=1, description="passes over the training split")
     batch_size: int = Field(256, ge=4, description="images per step, over all ranks; contrastive: twice as many views")
     accumulate: int = Field(1, ge=1, description="parts of a batch whose gradients are added before the step")
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unbounded if left out")
     learning_rate: float | None = Field(None, gt=0, description="per step, at its peak")
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
@@ -159,9 +191,19 @@ class RunConfig(_Strict):
     adalase: AdaLASEConfig | None = None
     dropout: DropoutConfig | None = None
     moco: MoCoConfig | None = None
+    text: TextConfig | None = None
     init: str | None = Field(None, description="checkpoint whose weights the run starts from")
     init_sha256: str | None = Field(None, description="fingerprint of that file; filled in by `train`")
     data_sha256: str | None = Field(None, description="fingerprint of the data; filled in by `train`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, given: Any) -> Any:
+        """Defaults that are others for sentences than for images."""
+        if not isinstance(given, dict) or given.get("objective") not in TEXT_OBJECTIVES:
+            return given
+        usual = {**_TEXT, "text": {}}
+        return {**usual, **{key: value for key, value in given.items() if value is not None or key not in usual}}
 
     @model_validator(mode="after")
     def _fill_in(self) -> RunConfig:
@@ -187,8 +229,17 @@ class RunConfig(_Strict):
         """Labelled images in each forward pass of MoCo: a batch is split like the data."""
         return round(self.part * (self.labels or 0.0)) if self.objective == "moco" else 0
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the objective is one for sentences."""
+        return self.objective in TEXT_OBJECTIVES
+
     def _problems(self) -> Iterator[str]:
         """What each field allows but not together; says what to do."""
+        if self.reads_text:
+            yield from self._text_problems()
+        elif self.text is not None:
+            yield f"[text] with objective={self.objective!r}; leave it out or use {', '.join(TEXT_OBJECTIVES)}"
         mixes = self.input_augment in MIXING
         if self.batch_size % (self.accumulate * self.devices) or self.part < 2:
             yield (
@@ -226,12 +277,32 @@ class RunConfig(_Strict):
         if self.freeze is not None and self.freeze.layer is None and self.augment is None:
             yield "[freeze] needs layer = …, or an [augment] whose layer it takes"
         if self.augment is not None and self.augment.pairs == "one":
-            if self.objective not in ("simclr", "supcon"):
+            if self.objective in ("moco", "supervised"):
                 yield f"augment.pairs='one' needs both views in one network; {self.objective} has none"
             if self.augment.fraction != 0.5:
                 yield f"augment.pairs='one' with fraction={self.augment.fraction}; half of the views are transformed"
         if self.adalase is not None:
             yield from self._adalase_problems(self.adalase)
+
+    def _text_problems(self) -> Iterator[str]:
+        for table in ("adalase", "views"):
+            if getattr(self, table) is not None:
+                yield f"[{table}] with objective={self.objective!r}; it is for images: leave it out"
+        if self.input_augment != "none":
+            yield f"input_augment={self.input_augment!r} with objective={self.objective!r}; it is for images"
+        if self.channels_last:
+            yield f"channels_last=true with objective={self.objective!r}; it is for images: leave it out"
+        assert self.text is not None
+        if self.text.mlm_weight and self.objective != "simcse":
+            yield f"text.mlm_weight={self.text.mlm_weight} with objective={self.objective!r}; it goes with simcse"
+        if self.text.dev is None and self.text.dev_every is not None:
+            yield f"text.dev_every={self.text.dev_every} without text.dev; say on which sts:PATH"
+        if self.objective == "mlm" and self.temperature != 1:
+            yield f"temperature={self.temperature} with mlm, which has none; leave it out"
+        if self.augment is not None and self.augment.pairs == "one" and self.objective == "mlm":
+            yield "augment.pairs='one' needs two views of each sentence; mlm has one"
+        if self.labels != 1:
+            yield f"labels={self.labels} with objective={self.objective!r}, which sees no labels; leave it out"
 
     def _adalase_problems(self, adalase: AdaLASEConfig) -> Iterator[str]:
         if self.objective == "moco":
@@ -254,7 +325,10 @@ class RunConfig(_Strict):
 
         The hash of all settings but the places of the data and of `init`: their contents count instead.
         """
-        settings = self.model_dump(mode="json", exclude={"init", "data"})
+        settings = self.model_dump(mode="json", exclude={"init": True, "data": True, "text": {"dev"}})
+        for name, value in LATER.items():
+            if settings[name] == value:
+                del settings[name]
         text = json.dumps({"schema": SCHEMA, **settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -265,6 +339,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "adalase": AdaLASEConfig,
     "dropout": DropoutConfig,
     "moco": MoCoConfig,
+    "text": TextConfig,
     "views": ViewsConfig,
 }
 

@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerlens.activations import features
+from layerlens.activations import to_device
 from layerlens.augment.adalase import AdaLASE
 from layerlens.augment.deep import DeepAugmentation
 from layerlens.augment.dropout import TwoPassDropout
 from layerlens.augment.views import Views, moco_views, usual_views, weak_views
-from layerlens.data import Batches, Dataset, load_data, to_unit
+from layerlens.data import AnyDataset, Dataset, load_data
 from layerlens.devices import pick_device
 from layerlens.errors import ConfigError, DamagedStateError, DeviceMemoryError, NonFiniteError, RunFolderError
-from layerlens.evaluation.knn import knn_accuracy
 from layerlens.files import write_atomically, write_json
+from layerlens.layers import run_batch
+from layerlens.models import Example
 from layerlens.provenance import provenance
+from layerlens.text import TextDataset
 from layerlens.training.checkpoint import fingerprint, save_checkpoint
 from layerlens.training.config import RunConfig, ViewsConfig
+from layerlens.training.feeds import METHODS, ImageFeed, TextFeed, check_data
 from layerlens.training.lars import LARS
 from layerlens.training.launch import launch, launched
-from layerlens.training.methods import METHODS, Batch
 from layerlens.training.network import Start, adalase_layers, augmented_layers, build_start, frozen_modules
 from layerlens.training.order import Order, generator, seed_of
 from layerlens.training.ranks import gather_rows, mean_over_ranks
@@ -55,7 +57,7 @@ def train(
     config: RunConfig,
     folder: str | Path | None = None,
     *,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     download: bool = False,
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
@@ -64,7 +66,8 @@ def train(
     """Train a network and write its run folder; a run that was interrupted goes on where it stopped.
 
     The folder holds `config.json`, `checkpoints/epoch-NNNN.safetensors` (0 is the start), `metrics.jsonl` and `.csv`,
-    with AdaLASE `ratios.jsonl` and `.csv`, `resume.pt` while it runs, and `result.json`, written last. All random
+    with AdaLASE `ratios.jsonl` and `.csv`, with `text.dev_every` `dev.jsonl` and `.csv`, with `text.dev` the best
+    checkpoint as `checkpoints/best.safetensors`, `resume.pt` while it runs, and `result.json`, written last. All random
     draws are functions of the seed, the epoch, the step and the rank, so an interrupted run ends with the same
     weights as an undisturbed one.
 
@@ -115,12 +118,13 @@ def train(
         return read_result(folder)
 
 
-def check_run(config: RunConfig, dataset: Dataset) -> None:
+def check_run(config: RunConfig, dataset: AnyDataset) -> None:
     """See that a run can begin, on whatever device: its data, its network, its layers, what hangs on them.
 
     Raises:
         LayerlensError: What `train` would raise before its first step.
     """
+    check_data(config, dataset)
     _check_labels(config, dataset)
     Order(config, dataset)
     Views(**(config.views or ViewsConfig()).model_dump())
@@ -147,23 +151,39 @@ def _finished(folder: Path) -> RunResult:
 
 
 def _train_rank(
-    report: Callable[[Any], None], config: RunConfig, dataset: Dataset, folder: Path, device: str, tensorboard: bool
-) -> None:
+    report: Callable[[Any], None], config: RunConfig, dataset: AnyDataset, folder: Path, device: str,
+    tensorboard: bool,
+) -> None:  # fmt: skip
     """One rank's share, in a process of its own."""
     _Trainer(config, dataset, folder, device, report, tensorboard).run()
 
 
-def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolve(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     """The configuration with everything filled in that depends on the data or on files."""
+    check_data(config, dataset)
     settings: dict[str, Any] = {"data_sha256": dataset.fingerprint()}
-    if config.views is None:
+    if config.text is not None and config.text.dev is not None:
+        settings["text"] = config.text.model_copy(update={"dev_sha256": load_text(config.text.dev).fingerprint()})
+    if config.views is None and isinstance(dataset, Dataset):
         usual = {"moco": moco_views, "supervised": weak_views}.get(config.objective, usual_views)
         settings["views"] = ViewsConfig(**asdict(usual(flip=dataset.flip)))
     if config.init is not None:
         settings["init_sha256"] = fingerprint(config.init)
-    if config.moco is not None and config.moco.queue is None:
+    if config.moco is not None and config.moco.queue is None and isinstance(dataset, Dataset):
         settings["moco"] = config.moco.model_copy(update={"queue": _usual_queue(config, dataset)})
     return config.model_copy(update=settings)
+
+
+def load_text(spec: str) -> TextDataset:
+    """Sentences by their specification.
+
+    Raises:
+        ConfigError: Other data.
+    """
+    found = load_data(spec)
+    if not isinstance(found, TextDataset):
+        raise ConfigError(f"{spec!r} holds no sentences; allowed: sts:PATH")
+    return found
 
 
 def _usual_queue(config: RunConfig, dataset: Dataset) -> int:
@@ -179,13 +199,14 @@ class _Trainer:
     def __init__(
         self,
         config: RunConfig,
-        dataset: Dataset,
+        dataset: AnyDataset,
         folder: Path,
         device: str,
         progress: Callable[[Progress], None] | None,
         tensorboard: bool = False,
     ) -> None:
-        self.config, self.dataset, self.folder, self.progress = config, dataset, folder, progress
+        self.config, self.folder, self.progress = config, folder, progress
+        check_data(config, dataset)
         _check_labels(config, dataset)
         self.order = Order(config, dataset)
         self.steps = self.order.steps
@@ -193,7 +214,7 @@ class _Trainer:
         self.fabric = _fabric(config, device)
         self.device, self.rank = self.fabric.device, self.fabric.global_rank
         self.tensorboard = tensorboard and self.rank == 0
-        self._place_data()
+        self.feed = _feed(config, dataset, self.order, start, self.device)
         self._build(start)
         self.epoch, self.step, self.wall_s = 0, 0, 0.0
         self.loss_sums = [0.0] * config.devices  # of this epoch's steps, per rank
@@ -202,15 +223,10 @@ class _Trainer:
         self.validation_rows: Tensor | None = None  # of this epoch, for AdaLASE
         self.log, self.ratio_log = Log(folder, "metrics", "epoch"), Log(folder, "ratios", "step")
         self.ratio_lines: list[dict[str, Any]] = []  # of the steps since the last save
-
-    def _place_data(self) -> None:
-        dataset, device = self.dataset, self.device
-        self.images = dataset.x_train.to(device)
-        self.mean = torch.tensor(dataset.mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(dataset.std, device=device).view(-1, 1, 1)
-        self.labels: Tensor | None = None
-        if dataset.y_train is not None:
-            self.labels = torch.where(self.order.seen, dataset.y_train, -1).to(device)
+        self.dev_log = Log(folder, "dev", "look")
+        self.dev_lines: list[dict[str, Any]] = []
+        self.looked: dict[str, Any] | None = None  # the last look at the dev pairs
+        self.best: dict[str, Any] | None = None  # and the best one
 
     def _build(self, start: Start) -> None:
         config, network = self.config, start.network
@@ -223,7 +239,8 @@ class _Trainer:
         self.network = network
         views = Views(**config.views.model_dump()) if config.views else Views()
         autocast = self.fabric.autocast
-        self.method = METHODS[config.objective](config, network, self._forward, views, self._normalize, autocast)
+        run, normalize = self._forward, self.feed.normalize
+        self.method = METHODS[config.objective](config, network, run, views, normalize, autocast)
         self.statistics = [m for m in frozen if isinstance(m, _BatchNorm)]
         names = {name for name, m in network.named_modules() if m in set(self.statistics)}
         for other in self.method.modules():
@@ -267,6 +284,7 @@ class _Trainer:
             total += loss
             self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp_max(self.step))
             self.step += 1
+            self._look_at_dev()
             due = False
             if self.device.type == "cpu" or self.step == self.steps or self.step % CHECK_EVERY == 0:
                 self._check_loss()
@@ -308,10 +326,12 @@ class _Trainer:
         for k, part in enumerate(rows):
             last = k == len(rows) - 1
             with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
-                loss = self.method.loss(self._batch(part, draws), self._latent_mix) / len(rows)
+                loss = self.method.loss(self.feed.batch(part, draws), self._latent_mix) / len(rows)
                 self.fabric.backward(loss)
             total += loss.detach()
         before = self._gradients() if self.adalase is not None and self.adalase.adaptive else []
+        if config.clip is not None:
+            self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
         self.optimizer.step()
         self.method.after_step()
         if self.adalase is not None:
@@ -322,17 +342,8 @@ class _Trainer:
         place = (self.epoch, self.step)
         return (self.config.seed, purpose, *place) if not self.rank else (self.config.seed, purpose, *place, self.rank)
 
-    def _batch(self, rows: Tensor, draws: torch.Generator) -> Batch:
-        labels = None if self.labels is None else self.labels[rows]
-        return Batch(images=to_unit(self.images[rows]), labels=labels, draws=draws)
-
-    def _forward(self, images: Tensor) -> Tensor:
-        ready = self._normalize(images)
-        return self.wrapped(ready)  # type: ignore[no-any-return]
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        ready = (images - self.mean) / self.std
-        return ready.contiguous(memory_format=torch.channels_last) if self.config.channels_last else ready
+    def _forward(self, inputs: Any) -> Tensor:
+        return self.feed.run(self.wrapped, inputs)
 
     # --- AdaLASE ---
 
@@ -364,7 +375,7 @@ class _Trainer:
             stack.enter_context(_statistics_kept(self.network))
             stack.enter_context(self.method.seeing(turned))
             stack.enter_context(self._bare_network())
-            loss = self.method.loss(self._batch(mine, self._validation_draws(self.rank, self.device)))
+            loss = self.method.loss(self.feed.batch(mine, self._validation_draws(self.rank, self.device)))
             gradients = torch.autograd.grad(loss, self.learning, allow_unused=True)
         return [None if g is None else mean_over_ranks(g) for g in gradients]
 
@@ -423,8 +434,8 @@ class _Trainer:
         due = last or self.epoch % self.config.knn_every == 0
         if self.rank == 0:
             self.metrics = {
-                "epoch": self.epoch, "loss": loss, "learning_rate": self.rate,
-                "knn": self._online_knn() if due else None, "wall_s": round(self.wall_s, 3),
+                "epoch": self.epoch, "loss": loss, "learning_rate": self.rate, **self.feed.unscored,
+                **(self._score() if due else {}), "wall_s": round(self.wall_s, 3),
             }  # fmt: skip
             if last or self.epoch % self.config.keep_every == 0:
                 self._keep()
@@ -434,35 +445,54 @@ class _Trainer:
         self._save(self.loss_sums)
         self.fabric.barrier()
 
-    def _online_knn(self) -> float | None:
-        """k-NN accuracy of the held-out training images against the others."""
-        if self.dataset.y_train is None or not len(self.order.held_out):
-            return None
-        bank, queries = self.order.rows[:4096], self.order.held_out[:1024]
-        found = [features(self.network, self._unaugmented(rows)) for rows in (bank, queries)]
-        labels = self.dataset.y_train
-        return knn_accuracy(found[0], labels[bank], found[1], labels[queries])
+    def _score(self) -> dict[str, float | None]:
+        """What the objective is judged by at an epoch's end, on data that are not tested on."""
+        done = self.epoch * self.steps
+        if self.looked is not None and self.looked["step"] == done:
+            return {"dev": self.looked["dev"]}
+        found = self.feed.score(self.network)
+        if "dev" in found:
+            self._compare_with_best(done, found["dev"])
+        return found
 
-    def _unaugmented(self, rows: Tensor) -> Batches:
-        return Batches(self.dataset, self.dataset.x_train, None, rows, 512)
+    def _look_at_dev(self) -> None:
+        """Every `dev_every` steps, and after the last."""
+        done = self.epoch * self.steps + self.step
+        if self.rank or self._looks(done) == self._looks(done - 1):
+            return
+        score = self.feed.score(self.network)["dev"]
+        self.looked = {"look": self._looks(done), "step": done, "dev": score}
+        self.dev_lines.append(self.looked)
+        self._compare_with_best(done, score)
 
-    def _keep(self) -> None:
+    def _looks(self, steps: int) -> int:
+        """How many looks at the dev pairs so many steps hold."""
+        every = self.config.text.dev_every if self.config.text is not None else None
+        return 0 if every is None else steps // every + (steps == self.config.epochs * self.steps and steps % every > 0)
+
+    def _compare_with_best(self, step: int, score: float | None) -> None:
+        if score is not None and (self.best is None or score > self.best["dev"]):
+            self.best = {"step": step, "dev": score}
+            self._keep("best", {"step": step, "dev": score})
+
+    def _keep(self, name: str | None = None, facts: dict[str, Any] | None = None) -> None:
         if self.rank == 0:
-            path = self.folder / "checkpoints" / f"epoch-{self.epoch:04d}.safetensors"
-            save_checkpoint(path, self.network, {**self.metadata, "epoch": self.epoch})
+            path = self.folder / "checkpoints" / f"{name or f'epoch-{self.epoch:04d}'}.safetensors"
+            save_checkpoint(path, self.network, {**self.metadata, **(facts or {"epoch": self.epoch})})
 
     def _save(self, loss_sums: list[float]) -> None:
         self.saved_at = time.monotonic()
         if self.rank:
             return
         self.ratio_log.append(self.ratio_lines)
-        self.ratio_lines = []
+        self.dev_log.append(self.dev_lines)
+        self.ratio_lines, self.dev_lines = [], []
         state = {
             "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
             "step": self.step, "loss_sums": loss_sums, "wall_s": self.wall_s, "rate": self.rate,
             "precision": self.fabric.strategy.precision.state_dict(),
             "beside": [module.state_dict() for module in self.method.modules()],
-            "adalase": None if self.adalase is None else self.adalase.state_dict(),
+            "adalase": None if self.adalase is None else self.adalase.state_dict(), "best": self.best,
         }  # fmt: skip
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -483,6 +513,8 @@ class _Trainer:
             self.metrics = lines[-1] if lines else {}
             if self.adalase is not None:
                 self.ratio_log.rewind(self.epoch * self.steps + self.step)
+            if self.config.text is not None and self.config.text.dev_every is not None:
+                self.dev_log.rewind(self._looks(self.epoch * self.steps + self.step))
 
     def _load(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["model"])
@@ -494,7 +526,7 @@ class _Trainer:
             self.adalase.load_state_dict(state["adalase"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.loss_sums, self.wall_s = [float(value) for value in state["loss_sums"]], float(state["wall_s"])
-        self.rate = float(state["rate"])
+        self.rate, self.best = float(state["rate"]), state.get("best")
 
     def _finish(self) -> RunResult:
         if self.rank == 0:
@@ -512,6 +544,7 @@ class _Trainer:
         result = RunResult(
             folder=str(self.folder), run=self.config.identity(), epochs=self.epoch, loss=last["loss"], knn=last["knn"],
             wall_s=round(self.wall_s, 3), checkpoints=tuple(kept), environment=provenance(self.device),
+            dev=last.get("dev"), best=self.best,
         )  # fmt: skip
         content = asdict(result)
         del content["folder"]
@@ -519,7 +552,18 @@ class _Trainer:
         (self.folder / "resume.pt").unlink(missing_ok=True)
 
 
-def build_operators(config: RunConfig, network: nn.Module, example: Tensor) -> tuple[list[Any], AdaLASE | None]:
+def _feed(
+    config: RunConfig, dataset: AnyDataset, order: Order, start: Start, device: torch.device
+) -> ImageFeed | TextFeed:
+    if isinstance(dataset, Dataset):
+        return ImageFeed(config, dataset, order, device)
+    assert config.text is not None
+    dev = load_text(config.text.dev).tasks if config.text.dev is not None else ()
+    tokenize: Any = start.network.tokenize
+    return TextFeed(config, dataset, tokenize, dev, device)
+
+
+def build_operators(config: RunConfig, network: nn.Module, example: Example) -> tuple[list[Any], AdaLASE | None]:
     """Everything that hangs on layers while the run trains, and which of it is AdaLASE; nothing is attached yet.
 
     Raises:
@@ -547,9 +591,9 @@ def build_operators(config: RunConfig, network: nn.Module, example: Tensor) -> t
     return operators, adalase
 
 
-def _try(operators: list[Any], adalase: AdaLASE | None, network: nn.Module, example: Tensor) -> None:
+def _try(operators: list[Any], adalase: AdaLASE | None, network: nn.Module, example: Example) -> None:
     """One small pass with everything attached, for each arm: a layer of the wrong shape shows now, not in mid-run."""
-    example = example.to(next(network.parameters()).device)
+    example = to_device(example, next(network.parameters()).device)
     with untouched(network), torch.no_grad(), ExitStack() as stack:
         for operator in operators:
             stack.enter_context(operator.attached(network))
@@ -557,12 +601,12 @@ def _try(operators: list[Any], adalase: AdaLASE | None, network: nn.Module, exam
         for arm in range(len(adalase.arms)) if adalase is not None else [None]:
             if adalase is not None:
                 adalase.active = arm
-            network(example)
+            run_batch(network, example)
     if adalase is not None:
         adalase.active = None
 
 
-def _check_labels(config: RunConfig, dataset: Dataset) -> None:
+def _check_labels(config: RunConfig, dataset: AnyDataset) -> None:
     if not METHODS[config.objective].needs_labels and not (config.objective == "moco" and config.labels):
         return
     if dataset.y_train is None:
@@ -604,6 +648,8 @@ def _freeze(network: nn.Module, frozen: list[nn.Module]) -> list[nn.Parameter]:
 
 
 def _optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.learning_rate or 0.0, weight_decay=config.weight_decay)
     kind: Any = {"sgd": torch.optim.SGD, "lars": LARS}[config.optimizer]
     return kind(  # type: ignore[no-any-return]
         parameters, lr=config.learning_rate or 0.0, momentum=config.momentum, weight_decay=config.weight_decay,

@@ -44,8 +44,8 @@ class Method:
     Args:
         config: The run's.
         network: The bare network that learns.
-        run: Runs it: images in [0, 1] -> outputs.
-        views: Random views.
+        run: Runs it: images in [0, 1], or tokens -> outputs.
+        views: Random views of images.
         normalize: What the network sees of images in [0, 1].
         autocast: Opens the precision of the run, for passes outside `run`.
     """
@@ -56,7 +56,7 @@ class Method:
         self,
         config: RunConfig,
         network: nn.Module,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[[Any], Tensor],
         views: Views,
         normalize: Callable[[Tensor], Tensor],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -65,7 +65,7 @@ class Method:
         self.normalize, self.autocast = normalize, autocast
         self.temperature, self.input_augment = config.temperature or 0.5, config.input_augment
 
-    def loss(self, batch: Batch, latent_mix: Callable[[], Mix | None] = lambda: None) -> Tensor:
+    def loss(self, batch: Any, latent_mix: Callable[[], Mix | None] = lambda: None) -> Tensor:
         """Scalar, mean over the batch, in nats times the configuration's scale.
 
         Args:
@@ -220,6 +220,3 @@ class MoCo(Method):
     def _key_pass(self, images: Tensor) -> Tensor:
         with self.autocast():
             return self.keys(self.normalize(images))  # type: ignore[no-any-return]
-
-
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "supcon": SupCon, "moco": MoCo, "supervised": Supervised}

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from layerlens.data import Dataset
+from layerlens.activations import to_device
+from layerlens.data import AnyDataset, Dataset
 from layerlens.devices import device_of
+from layerlens.encoders import SentenceEncoder, build_encoder
 from layerlens.errors import CheckpointError, ConfigError
 from layerlens.layers import discover, select, split_at
 from layerlens.models import (
+    Example,
     ProjectionHead,
     Shape,
     build_model,
     default_input_shape,
+    reads_sentences,
     replace_head,
     runs_only_layerlens_code,
 )
+from layerlens.text import TextDataset
 from layerlens.training.checkpoint import load_into, load_state
 from layerlens.training.config import SCHEMA, RunConfig
 
@@ -39,10 +44,10 @@ class Start:
 
     network: nn.Module
     metadata: dict[str, Any]
-    example: Tensor
+    example: Example
 
 
-def build_start(config: RunConfig, dataset: Dataset) -> Start:
+def build_start(config: RunConfig, dataset: AnyDataset) -> Start:
     """The network of a run as it is before the first step.
 
     Fresh weights depend on the configuration's seed alone. From `init` everything is taken but a head of another
@@ -52,30 +57,62 @@ def build_start(config: RunConfig, dataset: Dataset) -> Start:
         ConfigError: Labels that the objective needs are missing.
         CheckpointError: `init` is damaged or of another architecture.
     """
-    network, head = _fresh(config, dataset)
-    metadata = {
-        "schema": SCHEMA, "model": config.model, "input_shape": list(dataset.input_shape),
-        "head": head_of(config, dataset), "data": config.data, "run": config.identity(),
+    network, heads = _fresh(config, dataset)
+    metadata: dict[str, Any] = {
+        "schema": SCHEMA, "model": config.model, "data": config.data, "run": config.identity(),
     }  # fmt: skip
+    if isinstance(network, SentenceEncoder):
+        metadata["encoder"] = network.description()
+    elif isinstance(dataset, Dataset):
+        metadata |= {"input_shape": list(dataset.input_shape), "head": head_of(config, dataset)}
     if config.init is not None:
-        metadata["fresh_head"] = load_into(network, config.init, fresh=head)["fresh"]
-    return Start(network=network, metadata=metadata, example=torch.zeros(2, *dataset.input_shape))
+        metadata["fresh_head"] = load_into(network, config.init, fresh=heads)["fresh"]
+    return Start(network=network, metadata=metadata, example=example_of(network, dataset))
 
 
-def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
+def build_network(config: RunConfig, dataset: AnyDataset) -> nn.Module:
     """The untrained network of a run; its weights depend on the configuration's seed alone."""
     return _fresh(config, dataset)[0]
 
 
-def _fresh(config: RunConfig, dataset: Dataset) -> tuple[nn.Module, str]:
+def example_of(network: nn.Module, dataset: AnyDataset) -> Example:
+    """A batch of two that a network on such data can run, on the CPU."""
+    if isinstance(dataset, Dataset):
+        return torch.zeros(2, *dataset.input_shape)
+    return network.example()  # type: ignore[operator, no-any-return]
+
+
+def _fresh(config: RunConfig, dataset: AnyDataset) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network, and the names of the heads that keep fresh weights where a checkpoint has others."""
+    if isinstance(dataset, TextDataset):
+        return _fresh_encoder(config), ("head", "mlm_head")
     if config.objective == "supervised" and dataset.y_train is None:
         raise ConfigError(f"supervised training needs labels; {dataset.name} has none. Use --objective simclr")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return _assemble(config.model, dataset.input_shape, head_of(config, dataset))
+        network, head = _assemble(config.model, dataset.input_shape, head_of(config, dataset))
+    return network, (head,) if head else ()
 
 
-def augmented_layers(config: RunConfig, network: nn.Module, example: Tensor) -> list[str]:
+def _fresh_encoder(config: RunConfig) -> SentenceEncoder:
+    assert config.text is not None
+    text = config.text
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        encoder = build_encoder(
+            config.model, pooling=text.pooling, max_length=text.max_length, dropout=text.model_dropout,
+            head=config.objective != "mlm" and text.pooling in ("cls", "cls-before-head"),
+            mlm=config.objective == "mlm" or text.mlm_weight > 0,
+        )  # fmt: skip
+    if config.objective == "simcse" and not encoder.has_dropout and config.augment is None:
+        raise ConfigError(
+            f"both views of a sentence are the same: {config.model!r} runs without dropout and there is no [augment]; "
+            "set text.model_dropout = 0.1, or augment a layer"
+        )
+    return encoder
+
+
+def augmented_layers(config: RunConfig, network: nn.Module, example: Example) -> list[str]:
     """The names that the selection of [augment] means.
 
     Raises:
@@ -86,7 +123,7 @@ def augmented_layers(config: RunConfig, network: nn.Module, example: Tensor) -> 
     return [layer.name for layer in select(network, discover(network, _there(example, network)), chosen)]
 
 
-def adalase_layers(config: RunConfig, network: nn.Module, example: Tensor) -> list[str]:
+def adalase_layers(config: RunConfig, network: nn.Module, example: Example) -> list[str]:
     """The positions of AdaLASE: a selection, or the input and all default layers that its kinds can augment.
 
     Raises:
@@ -114,7 +151,7 @@ def _can_augment(shape: tuple[int, ...], kinds: Sequence[str]) -> bool:
     return True
 
 
-def frozen_modules(config: RunConfig, network: nn.Module, example: Tensor) -> list[nn.Module]:
+def frozen_modules(config: RunConfig, network: nn.Module, example: Example) -> list[nn.Module]:
     """The modules, with what they hold themselves, that [freeze] keeps as they are.
 
     Raises:
@@ -135,8 +172,8 @@ def frozen_modules(config: RunConfig, network: nn.Module, example: Tensor) -> li
     return [network.get_submodule(name) for name in names]
 
 
-def _there(example: Tensor, network: nn.Module) -> Tensor:
-    return example.to(device_of(network))
+def _there(example: Example, network: nn.Module) -> Example:
+    return to_device(example, device_of(network))  # type: ignore[no-any-return]
 
 
 def head_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
@@ -150,7 +187,7 @@ def load_network(
     checkpoint: str | Path | None,
     *,
     model: str | None = None,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     untrained: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -171,6 +208,13 @@ def load_network(
         CheckpointError: Damaged, of another architecture, or silent about its model.
     """
     metadata = load_state(checkpoint)[1] if checkpoint is not None else {}
+    if "encoder" in metadata or (model is not None and reads_sentences(model)):
+        return _load_encoder(checkpoint, model, metadata, dataset, untrained, seed)
+    if isinstance(dataset, TextDataset):
+        raise ConfigError(
+            f"{model or checkpoint!r} reads no sentences, which is what {dataset.name} holds; give --model hf:PATH, or "
+            "a checkpoint of simcse, pairs or mlm"
+        )
     spec = model or metadata.get("model")
     if not isinstance(spec, str):
         raise CheckpointError(f"{str(checkpoint)!r} does not say which model it holds; name it with --model")
@@ -191,6 +235,26 @@ def load_network(
     if checkpoint is not None and not untrained:
         load_into(network, checkpoint)
     return network, metadata
+
+
+def _load_encoder(
+    checkpoint: str | Path | None, model: str | None, metadata: dict[str, Any], dataset: AnyDataset | None,
+    untrained: bool, seed: int,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    if isinstance(dataset, Dataset):
+        raise ConfigError(f"{str(checkpoint or model)!r} reads sentences; {dataset.name} holds images. Give text:PATH")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if "encoder" in metadata:
+            encoder = SentenceEncoder.from_description(metadata["encoder"])
+        else:
+            assert model is not None
+            encoder = build_encoder(model)
+            if untrained:
+                encoder = SentenceEncoder.from_description(encoder.description())
+    if checkpoint is not None and not untrained:
+        load_into(encoder, checkpoint)
+    return encoder, metadata
 
 
 def _assemble(

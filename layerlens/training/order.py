@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from layerlens.data import Dataset
+from layerlens.data import AnyDataset
 from layerlens.errors import ConfigError
 from layerlens.training.config import RunConfig
 
@@ -25,9 +25,9 @@ class Order:
         ConfigError: More images asked for than there are, or a batch larger than the data.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+    def __init__(self, config: RunConfig, dataset: AnyDataset) -> None:
         self.config = config
-        total, labelled = len(dataset.x_train), dataset.y_train is not None
+        total, labelled = len(dataset), dataset.y_train is not None
         held = int(total * config.holdout) if labelled else 0
         order = torch.randperm(total, generator=generator(config.seed, "holdout"))
         self.held_out, self.rows = order[:held], order[held:]

@@ -33,6 +33,8 @@ class RunResult:
         wall_s: Seconds of training, interruptions not counted.
         checkpoints: Kept checkpoints, first to last.
         environment: Versions, commit, hardware.
+        dev: Spearman correlation on the dev pairs of sentences after the last step, in [-1, 1]; None without them.
+        best: `step` and `dev` of `checkpoints/best.safetensors`; None without dev pairs.
     """
 
     folder: str
@@ -43,6 +45,8 @@ class RunResult:
     wall_s: float
     checkpoints: tuple[str, ...]
     environment: dict[str, Any]
+    dev: float | None = None
+    best: dict[str, Any] | None = None
 
 
 def claim_folder(folder: Path, config: RunConfig) -> None:

@@ -1,0 +1,790 @@
+"""Hugging Face encoders as one module that maps sentences to vectors, and whose layers bear the paper's numbers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerlens.devices import device_of
+from layerlens.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DownloadError,
+    LayerlensError,
+    UnknownNameError,
+    check_known,
+    closest,
+    require,
+)
+from layerlens.layers import discover, main_tensor, select
+from layerlens.sentence_folders import SentenceFolder, read_folder, read_model_json, write_folder
+from layerlens.specs import Spec, parse_spec
+from layerlens.tokenizers import (
+    POSITIONS,
+    check_text_extra,
+    describe_tokenizer,
+    load_tokenizer,
+    quiet,
+    reason_of,
+    tokenizer_from,
+)
+from layerlens.tokenizers import train_tokenizer as train_tokenizer
+from layerlens.untouched import observed, untouched
+
+POOLINGS = ("cls", "cls-before-head", "mean", "first-last-mean")
+KINDS = ("hf", "hf-config")
+SIZES = {  # blocks, width, heads; BERT's as in Turc et al. 2019, the others' base as published
+    "bert": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
+    "roberta": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
+    "distilbert": {"tiny": (2, 128, 2), "mini": (2, 256, 4), "small": (3, 512, 8), "base": (6, 768, 12)},
+    "minilm": {"tiny": (2, 96, 3), "mini": (4, 192, 6), "small": (6, 384, 12), "base": (12, 384, 12)},
+    "mpnet": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
+    "modernbert": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (22, 768, 12)},
+}
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_SETTINGS = ("pooling", "max_length", "dropout", "head")
+_EXAMPLE = ("a bird", "a dreary name, said the lord of the house")
+# What a configuration could use to make transformers fetch code, quantize, or keep more than the last states.
+_DROPPED = {"auto_map", "attn_implementation", "experts_implementation", "quantization_config", "custom_pipelines"}
+_DROPPED |= {"output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "transformers_version"}
+_OTHER_HEADS = ("classif", "summary", "qa_", "layerdrop")  # dropout of parts that aren't built here
+
+
+class SentenceHead(nn.Sequential):
+    """The layer that SimCSE puts behind the first token while it trains: Linear, Tanh.
+
+    Args:
+        width: Features that come in.
+        out: Features that go out; `width` by default.
+
+    Shape:
+        (n, width) -> (n, out)
+
+    Source:
+        Gao, Yao, Chen 2021, arXiv:2104.08821; weights drawn as BERT's, N(0, 0.02²), and no bias to begin with.
+    """
+
+    def __init__(self, width: int, out: int | None = None) -> None:
+        linear = nn.Linear(width, out or width)
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        super().__init__(linear, nn.Tanh())
+
+
+class GivenStates(nn.Module):
+    """Stands where a masked language model has its Transformer, and hands on the hidden states it is given."""
+
+    def forward(self, *_args: Any, inputs_embeds: Tensor, **_settings: Any) -> Any:
+        """(n, t, width) -> the same, as a Transformer's output; each family passes other settings along."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
+class SentenceEncoder(nn.Module):
+    """A Transformer, a pooling and perhaps a head: sentences to vectors.
+
+    `build_encoder` makes one; `from_description` makes it again.
+
+    Args:
+        backbone: A transformers model without pooler.
+        tokenizer: A fast tokenizer that pads on the right.
+        pooling: `cls` (the first token, through the head where there is one); `cls-before-head` (the head works in
+            training only, as in SimCSE: embeddings are what goes into it); `mean` over tokens; `first-last-mean` (the
+            mean over tokens of the mean of the embeddings and the last block's output).
+        max_length: Tokens at which a sentence is truncated; by default all that tokenizer and positions allow.
+        head: Behind the pooling.
+        mlm_head: The masked-language-model head, as transformers' own model with `GivenStates` for its Transformer.
+
+    Attributes:
+        width: Features of a hidden state.
+        layer_names: The paper's numbering: 0 = embeddings, k = the k-th block's output, then the head if any.
+        head_layer: `head` where embeddings at evaluation are what goes into it, else "".
+
+    Raises:
+        ConfigError: A pooling that this model can't have, or a `max_length` out of range.
+        UnknownNameError: No such pooling.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        *,
+        pooling: str = "mean",
+        max_length: int | None = None,
+        head: SentenceHead | None = None,
+        mlm_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.mlm_head, self.tokenizer = backbone, head, mlm_head, tokenizer
+        check_known("pooling", pooling, POOLINGS)
+        if pooling == "first-last-mean" and head is not None:
+            raise ConfigError("pooling='first-last-mean' takes no head; add ,head=false or choose another pooling")
+        if pooling.startswith("cls") and _is_decoder(self.config):
+            raise ConfigError(
+                f"pooling={pooling!r}, but in {self.config.model_type}, a decoder, the first token sees only itself; "
+                "allowed: mean, first-last-mean"
+            )
+        self.pooling, self.width = pooling, int(self.config.hidden_size)
+        self.max_length = _checked_length(backbone, tokenizer, max_length)
+        types = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in _arguments(backbone)
+        self._inputs = ("input_ids", "attention_mask", *["token_type_ids"] * types)
+        self.head_layer = "head" if pooling == "cls-before-head" and head is not None else ""
+        with quiet():
+            batch = {name: value.to(device_of(backbone)) for name, value in self.example().items()}
+            _check_padding(backbone, batch)
+            names = _layer_names(backbone, batch)
+        self.layer_names: tuple[str, ...] = (*names, *["head"] * (head is not None))
+
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration, as transformers has it."""
+        return self.backbone.config
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any dropout probability of the configuration is above 0."""
+        return any(getattr(self.config, key) > 0 for key in _dropout_keys(self.config))
+
+    @property
+    def embedding_width(self) -> int:
+        """Features of an embedding at evaluation."""
+        return self.width if self.head is None or self.head_layer else int(self.head[0].out_features)  # type: ignore[arg-type]
+
+    def tokenize(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens of a batch, on the CPU, padded to its longest sentence and truncated at `max_length`.
+
+        Returns:
+            `input_ids` and `attention_mask`, shape (n, t), and `token_type_ids` where tokenizer and model have them.
+
+        Raises:
+            DataError: No sentences, one that is no text, or one without any token.
+        """
+        encoded = self._encode(sentences, padding=True, truncation=True, max_length=self.max_length)
+        filled = torch.tensor(encoded["attention_mask"]).any(1)  # (n,)
+        if not filled.all():
+            empty = sentences[int(filled.logical_not().nonzero()[0])]
+            raise DataError(f"{empty!r} has no token for this tokenizer; leave empty sentences out")
+        return {name: torch.tensor(encoded[name]) for name in self._inputs}
+
+    def too_long(self, sentences: Iterable[str]) -> int:
+        """How many sentences have more than `max_length` tokens, and so are truncated."""
+        stream, count = iter(sentences), 0
+        while batch := list(islice(stream, 1000)):
+            encoded = self._encode(batch, padding=False, truncation=False)
+            count += sum(len(tokens) > self.max_length for tokens in encoded["input_ids"])
+        return count
+
+    def example(self) -> dict[str, Tensor]:
+        """A batch of two short sentences of different length, on the CPU."""
+        return self.tokenize(_EXAMPLE)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors of sentences, through the head where there is one, in training and evaluation alike.
+
+        Args:
+            input_ids: Token numbers, shape (n, t).
+            attention_mask: 1 at tokens and 0 at padding, shape (n, t).
+            token_type_ids: Shape (n, t); zeros by default.
+            positions: True where the masked-language-model head's answer is wanted, shape (n, t).
+
+        Returns:
+            Shape (n, d); with `positions` instead the k wanted tokens' logits, shape (k, vocabulary), row by row.
+
+        Raises:
+            ConfigError: `positions` for an encoder without a masked-language-model head.
+        """
+        if positions is not None and self.mlm_head is None:
+            raise ConfigError("this encoder has no masked-language-model head; build it with mlm=True")
+        states, first = self._states(input_ids, attention_mask, token_type_ids)
+        if positions is not None:
+            return self.mlm_head(inputs_embeds=states[positions].unsqueeze(0)).logits.squeeze(0)  # type: ignore[misc]
+        vectors = self._pooled(states, first, attention_mask)
+        return vectors if self.head is None else self.head(vectors)  # type: ignore[no-any-return]
+
+    def embed(self, sentences: Iterable[str], batch_size: int = 64) -> Tensor:
+        """Embeddings as they count at evaluation: without dropout, and before the head for `cls-before-head`.
+
+        Args:
+            sentences: Any number of them.
+            batch_size: Sentences per pass; those of like length go together.
+
+        Returns:
+            Shape (n, d), float32, on the CPU; row i is sentence i. The model is left as it was.
+        """
+        require(batch_size >= 1, "batch_size", batch_size, "a whole number from 1")
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # the longest first, so memory fails at once
+        vectors = torch.empty(len(texts), self.embedding_width)
+        with untouched(self), torch.no_grad():
+            self.eval()
+            for start in range(0, len(texts), batch_size):
+                rows = order[start : start + batch_size]
+                batch = self.tokenize([texts[i] for i in rows])
+                vectors[rows] = self._evaluated(**{k: v.to(device_of(self)) for k, v in batch.items()}).float().cpu()
+        return vectors
+
+    def description(self) -> dict[str, Any]:
+        """All that `from_description` needs to build this architecture and its tokenizer again, as JSON-able data."""
+        return {
+            "format": 1,
+            "config": _harmless(json.loads(self.config.to_json_string(use_diff=False))),
+            "tokenizer": describe_tokenizer(self.tokenizer),
+            "pooling": self.pooling,
+            "head": None if self.head is None else [self.head[0].in_features, self.head[0].out_features],
+            "mlm": self.mlm_head is not None,
+            "max_length": self.max_length,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> SentenceEncoder:
+        """The encoder that `description()` described, with random weights of the global generator, in eval mode.
+
+        No file is read, and nothing in the description is executed.
+
+        Raises:
+            CheckpointError: Damaged content, or a newer format.
+        """
+        check_text_extra()
+        try:
+            if description["format"] != 1:
+                raise CheckpointError(f"an encoder of format {description['format']!r}; this layerlens reads format 1")
+            tokenizer = tokenizer_from(description["tokenizer"])
+            backbone, mlm_head = _fresh(_config_from(description["config"]), mlm=description["mlm"] is True)
+            return cls(
+                backbone,
+                tokenizer,
+                pooling=description["pooling"],
+                max_length=description["max_length"],
+                head=None if description["head"] is None else SentenceHead(*description["head"]),
+                mlm_head=mlm_head,
+            ).eval()
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers checks little, so damage shows as any error at all
+            raise CheckpointError(f"the description of an encoder is damaged: {reason_of(error)}") from error
+
+    def save_sentence_transformer(self, folder: str | Path) -> None:
+        """Write a folder that `SentenceTransformer(folder)` and `hf:FOLDER` load; embeddings agree with `embed`.
+
+        A head that is left out at evaluation (`cls-before-head`), and a masked-language-model head, are not in it.
+
+        Raises:
+            RunFolderError: Something else lies there, or it can't be written.
+        """
+        write_folder(self, folder)
+
+    def _encode(self, sentences: Sequence[str], **how: Any) -> Any:
+        wrong = [text for text in sentences if not isinstance(text, str)]
+        if isinstance(sentences, str) or wrong or not len(sentences):
+            came = repr(sentences) if isinstance(sentences, str) else f"{type(wrong[0]).__name__}" if wrong else "none"
+            raise DataError(f"tokenizers take a list of sentences; got {came}")
+        try:
+            return self.tokenizer(list(sentences), return_attention_mask=True, verbose=False, **how)
+        except (TypeError, UnicodeEncodeError) as error:  # lone surrogates
+            raise DataError(f"a sentence is no valid Unicode text: {reason_of(error)}") from error
+
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states, and the embeddings where the pooling needs them; both (n, t, width)."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        with self._kept_embeddings() as kept:
+            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **types)
+        return out.last_hidden_state, kept[0] if kept else None
+
+    @contextmanager
+    def _kept_embeddings(self) -> Iterator[list[Tensor]]:
+        """What the first layer puts out, other hooks' changes included.
+
+        transformers' own `output_hidden_states` would leave hooks on the model for good, which then can't be pickled.
+        """
+        kept: list[Tensor] = []
+        if self.pooling != "first-last-mean":
+            yield kept
+            return
+        layer = self.get_submodule(self.layer_names[0])
+        handle = layer.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)))
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    def _pooled(self, states: Tensor, first: Tensor | None, attention_mask: Tensor) -> Tensor:
+        if self.pooling.startswith("cls"):
+            return states[:, 0]
+        if first is not None:
+            states = (first + states) / 2
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)  # (n, width)
+
+    def _evaluated(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        if not self.head_layer:
+            return self(input_ids, attention_mask, token_type_ids)  # type: ignore[no-any-return]
+        states, first = self._states(input_ids, attention_mask, token_type_ids)
+        return self._pooled(states, first, attention_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    pooling: str | None
+    max_length: int | None
+    dropout: float | None
+    head: bool | None
+    mlm: bool
+
+
+def build_encoder(
+    spec: str,
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dropout: float | None = None,
+    head: bool | None = None,
+    mlm: bool = False,
+) -> SentenceEncoder:
+    """Build an encoder from its specification, in eval mode; the network is never used.
+
+    Args:
+        spec: `hf:PATH` (a folder of transformers or sentence-transformers), `hf:NAME` (in the local cache),
+            `hf-config:FAMILY-SIZE,tokenizer=FOLDER` (random weights of the global generator; see `SIZES`; `layers`,
+            `width` and `heads` change its size), or `hf-config:PATH` (a configuration's folder or file). The settings
+            below may stand in it too, `hf:PATH,pooling=cls`; the arguments, where given, win.
+        pooling: One of `POOLINGS`; by default the folder's own, else `mean`.
+        max_length: Tokens at which sentences are truncated; by default all that model and tokenizer allow.
+        dropout: Sets every dropout probability, in [0, 1); as the model says by default.
+        head: True adds a fresh `SentenceHead` where the folder has none, False leaves the folder's out.
+        mlm: Keep (or, for `hf-config`, draw) the masked-language-model head.
+
+    Raises:
+        UnknownNameError: No such kind, family, size or pooling.
+        ConfigError: A setting out of range; a model that can't be run so (encoder-decoder, no tokenizer, no head).
+        DownloadError: `hf:NAME` that is neither a folder nor in the cache.
+        CheckpointError: Damaged files.
+        ExtraMissingError: The extra `text` is not installed.
+    """
+    parsed = parse_spec(spec)
+    if parsed.kind not in KINDS or not parsed.argument:
+        raise UnknownNameError(
+            f"unknown encoder {spec!r}; allowed: hf:PATH, hf:NAME, hf-config:FAMILY-SIZE, hf-config:PATH"
+        )
+    check_text_extra()
+    given = {"pooling": pooling, "max_length": max_length, "dropout": dropout, "head": head}
+    settings: dict[str, Any] = {k: parsed.options.get(k) if value is None else value for k, value in given.items()}
+    wanted = _checked(_Settings(**settings, mlm=mlm))
+    build = _from_folder if parsed.kind == "hf" else _from_config
+    try:
+        return build(parsed, wanted).eval()
+    except (LayerlensError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of a configuration
+        raise ConfigError(f"{spec!r} can't be built: {reason_of(error)}") from error
+
+
+def same_tokens(encoder: SentenceEncoder, other: SentenceEncoder) -> bool:
+    """Whether two encoders make the same tokens of every sentence, so that one batch fits both."""
+    return encoder.max_length == other.max_length and (
+        describe_tokenizer(encoder.tokenizer) == describe_tokenizer(other.tokenizer)
+    )
+
+
+def _checked(wanted: _Settings) -> _Settings:
+    if wanted.pooling is not None:
+        check_known("pooling", str(wanted.pooling), POOLINGS)
+    drop = wanted.dropout
+    require(drop is None or (type(drop) in (int, float) and 0 <= drop < 1), "dropout", drop, "0 to below 1")
+    require(wanted.head in (None, True, False), "head", wanted.head, "true, false")
+    return wanted
+
+
+def _from_folder(spec: Spec, wanted: _Settings) -> SentenceEncoder:
+    spec.check_options([*_SETTINGS, "tokenizer"])
+    folder = _local_folder(spec.argument)
+    found = read_folder(folder, head=wanted.head is not False)
+    pooling = _pooling_of(spec.argument, found, wanted)
+    config = _read_config(found.transformer)
+    _set_dropout(config, wanted.dropout)
+    source = Path(str(spec.options.get("tokenizer", found.transformer)))
+    tokenizer = load_tokenizer(source, config=config, lowercase=found.lowercase)
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {str(source)!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; give its own"
+        )
+    backbone, mlm_head = _pretrained(found.transformer, config, mlm=wanted.mlm)
+    own = None
+    if found.head is not None:
+        weight, bias = found.head
+        own = SentenceHead(weight.shape[1], weight.shape[0])
+        own[0].load_state_dict({"weight": weight, "bias": bias})
+    limit = _positions(backbone)
+    shorter = found.max_length if limit is None or found.max_length is None else min(found.max_length, limit)
+    length = shorter if wanted.max_length is None else wanted.max_length
+    return _assembled(backbone, tokenizer, mlm_head, own, replace(wanted, pooling=pooling, max_length=length))
+
+
+def _pooling_of(name: str, found: SentenceFolder, wanted: _Settings) -> str:
+    own = found.pooling or "mean"
+    if wanted.pooling is None:
+        if own not in POOLINGS:
+            raise ConfigError(f"{name!r} pools by {own}; allowed: {', '.join(POOLINGS)}. Choose one with ,pooling=")
+        return own
+    if found.head is not None and wanted.head is None and wanted.pooling.removesuffix("-before-head") != own:
+        raise ConfigError(
+            f"pooling={wanted.pooling!r}, but the head in {name!r} was trained behind {own}; add ,head=false to leave "
+            "it out, or ,head=true to keep it"
+        )
+    return wanted.pooling
+
+
+def _from_config(spec: Spec, wanted: _Settings) -> SentenceEncoder:
+    path = Path(spec.argument)
+    if path.exists():
+        spec.check_options([*_SETTINGS, "tokenizer"])
+        config, own = _read_config(path), path if path.is_dir() else path.parent
+    else:
+        spec.check_options([*_SETTINGS, "tokenizer", "layers", "width", "heads"])
+        config, own = _family_config(spec), None
+    folder = spec.options.get("tokenizer", own)
+    if folder is None:
+        raise ConfigError(
+            f"{spec.text!r} has no tokenizer; add ,tokenizer=FOLDER (`layerlens tokenizer` makes one from sentences)"
+        )
+    tokenizer = load_tokenizer(str(folder), config=None if "tokenizer" in spec.options else config)
+    _fit(config, tokenizer)
+    _set_dropout(config, wanted.dropout)
+    backbone, mlm_head = _fresh(config, mlm=wanted.mlm)
+    return _assembled(backbone, tokenizer, mlm_head, None, wanted)
+
+
+def _assembled(
+    backbone: nn.Module, tokenizer: Any, mlm_head: nn.Module | None, own: SentenceHead | None, wanted: _Settings
+) -> SentenceEncoder:
+    pooling = wanted.pooling or "mean"
+    if wanted.head and own is None:
+        if not pooling.startswith("cls"):
+            raise ConfigError(
+                f"head=True with pooling={pooling!r}; a fresh head goes with cls and cls-before-head only"
+            )
+        own = SentenceHead(int(backbone.config.hidden_size))  # type: ignore[union-attr, arg-type]
+    return SentenceEncoder(
+        backbone, tokenizer, pooling=pooling, max_length=wanted.max_length, head=own, mlm_head=mlm_head
+    )
+
+
+def _local_folder(name: str) -> Path:
+    """The folder of a name, or its snapshot in the Hugging Face cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet():
+            return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # of several libraries
+        hub = _HUB_NAME.fullmatch(name)
+        target = name.rpartition("/")[2] if hub else name
+        raise DownloadError(
+            f"no folder {name!r}, and no model of that name in the local cache; where there is a network, "
+            f"`hf download {name if hub else 'NAME'} --local-dir {target}`, then give hf:{target}"
+        ) from error
+
+
+def _family_config(spec: Spec) -> Any:
+    """The configuration of FAMILY-SIZE, with the numbers that options change."""
+    names = [f"{family}-{size}" for family, sizes in SIZES.items() for size in sizes]
+    if spec.argument not in names:
+        hint = closest(spec.argument, names)
+        raise UnknownNameError(
+            f"no file {spec.argument!r}, and no such family and size; {hint}; families: {', '.join(SIZES)}; "
+            f"sizes: {', '.join(SIZES['bert'])}"
+        )
+    family, _, size = spec.argument.rpartition("-")
+    layers, width, heads = SIZES[family][size]
+    each = width // heads
+    numbers = {"layers": layers, "width": width, **spec.options}
+    if "heads" not in numbers:
+        numbers["heads"] = max(1, numbers["width"] // each) if isinstance(numbers["width"], int) else heads
+    for key in ("layers", "width", "heads"):
+        fine = type(numbers[key]) is int and numbers[key] >= 1
+        require(fine, key, numbers[key], "a whole number from 1")
+    layers, width, heads = (numbers[key] for key in ("layers", "width", "heads"))
+    even = 2 if family == "modernbert" else 1  # its rotary positions turn pairs of features
+    if width % (heads * even):
+        raise ConfigError(f"width={width} with heads={heads}; allowed: a multiple of {heads * even}")
+    return _config_from(_family_numbers(family, layers, width, heads))
+
+
+def _family_numbers(family: str, layers: int, width: int, heads: int) -> dict[str, Any]:
+    if family == "distilbert":
+        own = {"n_layers": layers, "dim": width, "n_heads": heads, "hidden_dim": 4 * width}
+        return {"model_type": family, "max_position_embeddings": POSITIONS, **own}
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    if family == "modernbert":
+        return {
+            "model_type": family,
+            **sizes,
+            "intermediate_size": 3 * width // 2,  # gated, so half as wide again as it is deep
+            "max_position_embeddings": POSITIONS,
+        }
+    offset = 2 if family in ("roberta", "mpnet") else 0  # their positions count from the padding's number on
+    return {
+        "model_type": "bert" if family == "minilm" else family,  # MiniLM is a BERT, only narrow
+        **sizes,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": POSITIONS + offset,
+    }
+
+
+def _read_config(path: Path) -> Any:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no config.json in {str(path)!r}, so there is no model; give a folder that has one")
+    return _config_from(read_model_json(file))
+
+
+def _config_from(content: Mapping[str, Any]) -> Any:
+    """A transformers configuration of a model that layerlens can run.
+
+    Raises:
+        ConfigError: Of another kind.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    numbers: dict[str, Any] = _harmless(content)
+    kind = numbers.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"transformers has no model of type {kind!r} itself; layerlens never runs code that comes with a model"
+        )
+    with quiet():
+        config = CONFIG_MAPPING[kind].from_dict(numbers)
+    if config.is_encoder_decoder:
+        raise ConfigError(f"{kind} is an encoder-decoder; allowed: encoders (BERT and the like) and decoders (GPT-2)")
+    if type(config) not in MODEL_MAPPING or not all(hasattr(config, key) for key in ("vocab_size", "hidden_size")):
+        raise ConfigError(
+            f"{kind} is no Transformer of text; allowed: encoders (BERT and the like) and decoders (GPT-2)"
+        )
+    config.use_cache = False
+    return config
+
+
+def _harmless(content: Any) -> Any:
+    """A configuration without what could run or fetch code, private entries and paths, at any depth."""
+    if isinstance(content, Mapping):
+        kept = {k: v for k, v in content.items() if k not in _DROPPED and not str(k).startswith("_")}
+        return {k: _harmless(v) for k, v in kept.items() if k != "name_or_path"}
+    return [_harmless(item) for item in content] if isinstance(content, list) else content
+
+
+def _fit(config: Any, tokenizer: Any) -> None:
+    """Give a configuration the tokenizer's numbers; for random weights only."""
+    if config.model_type == "mpnet" and tokenizer.pad_token_id != 1:
+        raise ConfigError(
+            f"MPNet pads with token 1, this tokenizer with {tokenizer.pad_token_id}; `layerlens tokenizer` makes one "
+            "that fits"
+        )
+    config.vocab_size = len(tokenizer)
+    roles = {"pad": "pad", "bos": "cls", "eos": "sep", "cls": "cls", "sep": "sep"}
+    for role, own in roles.items():
+        number = getattr(tokenizer, f"{own}_token_id", None) if own != "pad" else tokenizer.pad_token_id
+        if role == "pad" or getattr(config, f"{role}_token_id", None) is not None:
+            setattr(config, f"{role}_token_id", number)
+
+
+def _dropout_keys(config: Any) -> list[str]:
+    return [
+        key
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop"))
+        and type(value) in (int, float)
+        and not any(part in key for part in _OTHER_HEADS)
+    ]
+
+
+def _set_dropout(config: Any, rate: float | None) -> None:
+    for key in _dropout_keys(config) if rate is not None else ():
+        setattr(config, key, float(rate))  # type: ignore[arg-type]
+
+
+def _fresh(config: Any, *, mlm: bool) -> tuple[nn.Module, nn.Module | None]:
+    """A backbone with random weights, and its masked-language-model head if wanted."""
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    config = copy.deepcopy(config)
+    with quiet():
+        if mlm:
+            _check_mlm(config)
+            return _parted(AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
+        return AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config)), None
+
+
+def _pretrained(folder: Path, config: Any, *, mlm: bool) -> tuple[nn.Module, nn.Module | None]:
+    """A folder's backbone with its weights, and its masked-language-model head if wanted."""
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    if mlm:
+        _check_mlm(config)
+    kind, more = (AutoModelForMaskedLM, {}) if mlm else (AutoModel, _no_pooler(config))
+    try:
+        with quiet():
+            model, report = kind.from_pretrained(
+                str(folder),
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **more,
+            )
+    except Exception as error:  # of safetensors, pickle's restricted reader, transformers
+        raise CheckpointError(f"can't read the weights in {str(folder)!r}: {reason_of(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        prefix = f"{model.base_model_prefix}."
+        if mlm and not any(name.startswith(prefix) for name in missing):
+            raise ConfigError(
+                f"{str(folder)!r} has no weights for its masked-language-model head ({missing[0]}); "
+                "use a checkpoint that was saved with it"
+            )
+        raise CheckpointError(f"{str(folder)!r} lacks {len(missing)} weights of the model, such as {missing[0]}")
+    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{str(folder)!r} holds NaN or infinity in {bad[0]}")
+    return _parted(model) if mlm else (model, None)
+
+
+def _parted(model: Any) -> tuple[nn.Module, nn.Module]:
+    """A masked language model as backbone and head; what they share stays shared."""
+    backbone = model.base_model
+    if backbone is model:
+        raise ConfigError(f"{type(model).__name__} has no part that could be its backbone, so there is no mlm for it")
+    setattr(model, model.base_model_prefix, GivenStates())
+    return backbone, model
+
+
+def _check_mlm(config: Any) -> None:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if _is_decoder(config) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ConfigError(f"{config.model_type} has no masked-language-model head; leave mlm out, or take a BERT")
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether a token sees only what stands before it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    only_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return bool(getattr(config, "is_decoder", False)) or only_causal
+
+
+def _no_pooler(config: Any) -> dict[str, bool]:
+    from transformers import MODEL_MAPPING
+
+    kind: Any = MODEL_MAPPING[type(config)]
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+
+
+def _positions(backbone: nn.Module) -> int | None:
+    """Tokens for which the model has positions; None where any number goes."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _checked_length(backbone: nn.Module, tokenizer: Any, wanted: int | None) -> int:
+    most = _positions(backbone)
+    if wanted is None:
+        own = tokenizer.model_max_length
+        limits = [limit for limit in (most, own if own < 10**9 else None) if limit is not None]
+        return min(limits, default=POSITIONS)
+    least = tokenizer.num_special_tokens_to_add() + 1
+    fine = type(wanted) is int and least <= wanted and (most is None or wanted <= most)
+    require(fine, "max_length", wanted, f"{least} to {most} tokens" if most else f"a whole number from {least}")
+    return wanted
+
+
+def _arguments(backbone: nn.Module) -> Iterable[str]:
+    return inspect.signature(backbone.forward).parameters
+
+
+def _check_padding(backbone: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a model in which a token's state depends on how far its sentence was padded (convolutions, FNet).
+
+    Raises:
+        ConfigError: It does, or the model takes no attention mask.
+    """
+    kind, count = backbone.config.model_type, int(batch["attention_mask"][0].sum())  # type: ignore[union-attr]
+    same = "attention_mask" in _arguments(backbone)
+    if same:
+        with untouched(backbone), torch.no_grad():
+            backbone.eval()
+            padded = backbone(**batch).last_hidden_state[:1, :count]
+            alone = backbone(**{name: value[:1, :count] for name, value in batch.items()}).last_hidden_state
+        same = padded.shape == alone.shape and bool((padded - alone).abs().max() <= 1e-3 * alone.abs().max())
+    if not same:
+        raise ConfigError(f"{kind} lets padding into the states of real tokens, so no statistic of it would hold")
+
+
+def _layer_names(backbone: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
+    """Embeddings and blocks of a Transformer, by what one pass shows.
+
+    The blocks are the list of `num_hidden_layers` modules; the embeddings are the outermost module whose output goes
+    into the first block. Other architectures (blocks that share weights) get the block level of any network.
+
+    Raises:
+        ConfigError: A layer's output is not (n, t, d), so that nobody could tell which rows are padding.
+    """
+    count, tokens = int(backbone.config.num_hidden_layers), tuple(batch["input_ids"].shape)  # type: ignore[union-attr, arg-type]
+    lists = [n for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        found = discover(backbone, batch)
+        return [f"backbone.{layer.name}" for layer in select(backbone, found, "auto")]
+    outputs: list[tuple[str, Tensor | None]] = []
+    entered: list[tuple[Tensor | None, int]] = []
+    handle = backbone.get_submodule(f"{lists[0]}.0").register_forward_pre_hook(
+        lambda _m, args, named: entered.append((main_tensor((*args, *named.values())), len(outputs))), with_kwargs=True
+    )
+    try:
+        with observed(backbone, lambda name, _m, out: outputs.append((name, main_tensor(out)))):
+            backbone(**batch)
+    finally:
+        handle.remove()
+    source, done = entered[0]
+    embeddings = [name for name, out in outputs[:done] if out is source][-1:]
+    names = [*embeddings, *(f"{lists[0]}.{i}" for i in range(count))]
+    shapes = {name: () if out is None else tuple(out.shape) for name, out in outputs}
+    if odd := [name for name in names if shapes[name][:2] != tokens or len(shapes[name]) != 3]:
+        raise ConfigError(
+            f"{odd[0]!r} of {backbone.config.model_type} puts out {shapes[odd[0]]} for {tokens} tokens; allowed: one "  # type: ignore[union-attr]
+            "row per token"
+        )
+    return [f"backbone.{name}" for name in names]
+
+
+def _tensor(output: Any) -> Tensor:
+    found = main_tensor(output)
+    if found is None:
+        raise ConfigError(f"the embeddings layer put out a {type(output).__name__}, so there is no first-last-mean")
+    return found
