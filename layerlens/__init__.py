@@ -62,10 +62,15 @@ if TYPE_CHECKING:
     from layerlens.data import Dataset as Dataset
     from layerlens.data import dataset_from_arrays as dataset_from_arrays
     from layerlens.data import load_data as load_data
+    from layerlens.encoders import SentenceEncoder as SentenceEncoder
+    from layerlens.encoders import build_encoder as build_encoder
+    from layerlens.encoders import train_tokenizer as train_tokenizer
     from layerlens.errors import LayerlensError as LayerlensError
     from layerlens.evaluation.knn import knn_accuracy as knn_accuracy
     from layerlens.evaluation.probe import linear_probe as linear_probe
     from layerlens.evaluation.probe import probe_accuracy as probe_accuracy
+    from layerlens.evaluation.sts import sts_scores as sts_scores
+    from layerlens.evaluation.sts import text_geometry as text_geometry
     from layerlens.experiments.ablation import AdviceOutcome as AdviceOutcome
     from layerlens.experiments.ablation import FreezeEffect as FreezeEffect
     from layerlens.experiments.ablation import advice_outcome as advice_outcome
@@ -90,9 +95,12 @@ if TYPE_CHECKING:
     from layerlens.pipeline import evaluate as evaluate
     from layerlens.pipeline import film_strip as film_strip
     from layerlens.recommendation import Recommendation as Recommendation
+    from layerlens.recommendation import advice_over as advice_over
     from layerlens.recommendation import recommend as recommend
     from layerlens.recommendation import settled as settled
     from layerlens.report import write_report as write_report
+    from layerlens.text import TextDataset as TextDataset
+    from layerlens.token_batches import token_batches as token_batches
     from layerlens.training.checkpoint import load_into as load_into
     from layerlens.training.config import RunConfig as RunConfig
     from layerlens.training.config import make_config as make_config
@@ -101,6 +109,7 @@ if TYPE_CHECKING:
     from layerlens.training.network import load_network as load_network
     from layerlens.training.objectives.moco import info_nce as info_nce
     from layerlens.training.objectives.simclr import nt_xent as nt_xent
+    from layerlens.training.objectives.simcse import simcse as simcse
     from layerlens.training.objectives.supcon import sup_con as sup_con
     from layerlens.training.run_folder import read_metrics as read_metrics
     from layerlens.trajectory import Trajectory as Trajectory
@@ -136,9 +145,11 @@ _HOMES = {
     "augment.transforms": ("remove_principal_components",),
     "augment.views": ("Views", "moco_views", "usual_views", "weak_views"),
     "data": ("Dataset", "dataset_from_arrays", "load_data"),
+    "encoders": ("SentenceEncoder", "build_encoder", "train_tokenizer"),
     "errors": ("LayerlensError",),
     "evaluation.knn": ("knn_accuracy",),
     "evaluation.probe": ("linear_probe", "probe_accuracy"),
+    "evaluation.sts": ("sts_scores", "text_geometry"),
     "experiments.ablation": ("AdviceOutcome", "FreezeEffect", "advice_outcome", "freeze_effects"),
     "experiments.cost": ("estimate",),
     "experiments.grid": ("make_plan",),
@@ -149,8 +160,10 @@ _HOMES = {
     "layers": ("discover",),
     "models": ("build_model", "reinitialized"),
     "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate", "film_strip"),
-    "recommendation": ("Recommendation", "recommend", "settled"),
+    "recommendation": ("Recommendation", "advice_over", "recommend", "settled"),
     "report": ("write_report",),
+    "text": ("TextDataset",),
+    "token_batches": ("token_batches",),
     "training.checkpoint": ("load_into",),
     "training.config": ("RunConfig", "make_config"),
     "training.lars": ("LARS",),
@@ -158,6 +171,7 @@ _HOMES = {
     "training.network": ("load_network",),
     "training.objectives.moco": ("info_nce",),
     "training.objectives.simclr": ("nt_xent",),
+    "training.objectives.simcse": ("simcse",),
     "training.objectives.supcon": ("sup_con",),
     "training.run_folder": ("read_metrics",),
     "trajectory": ("Trajectory", "evaluate_run", "finetune"),

@@ -160,7 +160,9 @@ def train(
     config = make_config(_overlay(settings, {key: value for key, value in given.items() if value is not None}))
     keep_freed_memory()
     with _bar("train") as advance:
-        result = run_training(config, out, device=device, download=download, progress=advance, tensorboard=tensorboard)
+        result = run_training(
+            config, out, device=device, download=download, progress=advance, tensorboard=tensorboard, say=_say
+        )
     if not first_rank():
         return
     if ratios := read_ratios(Path(result.folder)):
@@ -310,13 +312,12 @@ def compare(
     Each is a checkpoint or a model name; architectures may differ.
     """
     from layerlens import figures
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import Settings
     from layerlens.pipeline import compare as across
 
     extras = {name: given.pop(name) for name in ("other_layers", "measure", "permutations", "groups")}
-    settings, where, dataset = Settings(**given), pick_device(device), load_data(data, download=download)
+    settings, where, dataset = Settings(**given), pick_device(device), _data(data, download)
     facts = _facts(settings, dataset, measured=[first, second], models=[model_a, model_b or model_a], **extras)
     folder, stem = Path(out or "compare"), re.sub(r"[^\w.=-]+", "_", extras["measure"])
     _claim(folder / f"{stem}.json", facts)
@@ -358,13 +359,12 @@ def film(
     """
     from layerlens import figures
     from layerlens.analysis.measures import parse_measure
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import Settings, film_strip
     from layerlens.recommendation import advice_over
 
     strip = film_strip(
-        run, dataset=load_data(data) if data else None, model=model, measure=measure, settings=Settings(**look),
+        run, dataset=_data(data) if data else None, model=model, measure=measure, settings=Settings(**look),
         device=pick_device(device), watch=_watch,
     )  # fmt: skip
     folder = Path(out) if out else Path(run) / "analysis"
@@ -447,7 +447,6 @@ def evaluate(
 
     Offline test accuracy with the full training split as the bank; the weights stay as they are.
     """
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import embedding_name
     from layerlens.pipeline import evaluate as score
@@ -461,7 +460,7 @@ def evaluate(
         return
     if not checkpoint or not data:
         raise click.UsageError("give --checkpoint and --data, or --run")
-    where, dataset = pick_device(device), load_data(data, download=download)
+    where, dataset = pick_device(device), _data(data, download)
     network, _ = load_network(checkpoint, model=model, dataset=dataset)
     name = layer or embedding_name(network, dataset)
     scores = score(network.to(where), dataset, layer=layer, k=k, protocol=protocol, watch=_watch)
@@ -522,13 +521,12 @@ def report(
     **look: Any,
 ) -> None:
     """Write the report of one run or several."""
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import Settings, analyze_run, run_folders
     from layerlens.report import write_report
 
     settings, where, folders = Settings(**look), pick_device(device), run_folders(runs)
-    dataset = load_data(data) if data else None
+    dataset = _data(data) if data else None
     analyses = [
         analyze_run(folder, dataset=dataset, model=model, settings=settings, device=where, watch=_watch)
         for folder in folders
@@ -624,7 +622,6 @@ def _analysis(
     folder: Path | None = None,
     **look: Any,
 ) -> Any:
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.pipeline import Settings, analyze_checkpoint
 
@@ -632,9 +629,24 @@ def _analysis(
         raise click.UsageError("give --checkpoint, --model, or both")
     settings, where = Settings(**look), pick_device(device)
     return analyze_checkpoint(
-        checkpoint, load_data(data, download=download), model=model, settings=settings, twin=twin, device=where,
+        checkpoint, _data(data, download), model=model, settings=settings, twin=twin, device=where,
         folder=folder, watch=_watch,
     )  # fmt: skip
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _data(spec: str, download: bool = False) -> Any:
+    """A data set; of sentences, what was read and what was left out is said on stderr."""
+    from layerlens.data import load_data
+    from layerlens.text import TextDataset, report
+
+    dataset = load_data(spec, download=download)
+    if isinstance(dataset, TextDataset):
+        click.echo(report(dataset), err=True)
+    return dataset
 
 
 def _evaluate_run(
@@ -650,11 +662,10 @@ def _evaluate_run(
 ) -> None:
     """Every kept checkpoint of a run: a table, and JSON and figure beside the run."""
     from layerlens import figures
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.trajectory import evaluate_run
 
-    dataset = load_data(data, download=download) if data else None
+    dataset = _data(data, download) if data else None
     found = evaluate_run(
         run, dataset=dataset, model=model, k=k, protocol=protocol, device=pick_device(device), watch=_watch
     )
@@ -684,7 +695,6 @@ def _measure(
     from layerlens import figures
     from layerlens.analysis.measures import parse_measure
     from layerlens.analysis.results import SimilarityMatrix
-    from layerlens.data import load_data
     from layerlens.devices import pick_device
     from layerlens.files import write_json
     from layerlens.pipeline import Settings, influence_of_samples, measure_network
@@ -701,7 +711,7 @@ def _measure(
             "--permutations, --tolerance and --settle need a measure of pairs, such as --measure cka"
         )
     single = {"groups": extras["groups"]}
-    dataset = load_data(data, download=download)
+    dataset = _data(data, download)
     network = load_network(checkpoint, model=model, dataset=dataset, seed=settings.seed)[0].to(pick_device(device))
     facts = _facts(
         settings, dataset, measured=checkpoint or model, **{k: v for k, v in extras.items() if k != "settle"}

@@ -48,6 +48,7 @@ def list_studies(name: str | None, as_json: bool) -> None:
 @click.option("--scale", help="smoke (minutes on 2 cores), hour, or published; hour by default for a ready study.")
 @click.option("--model", help="As for `layerlens train`.")
 @click.option("--data", help="As for `layerlens train`.")
+@click.option("--dev", help="As for `layerlens train`: the scored pairs of a study of sentences.")
 @click.option("--epochs", type=int, help="Of every run.")
 @click.option("--seeds", type=int, help="How many, counted from 0.")
 @click.option("--name", help="What the study is called in the store.")
@@ -195,7 +196,9 @@ def _study(what: str, scale: str | None, name: str | None, seeds: int | None, gi
         scale = "hour"
         _say(f"{what} at --scale hour; smoke and published are the others")
     settings = {key: value for key, value in given.items() if value is not None}
-    content = found.at_scale(scale, **settings).model_dump()
+    tables = {"text": {"dev": settings["dev"]}} if "dev" in settings else {}
+    plain = {key: value for key, value in settings.items() if key != "dev"}
+    content = found.at_scale(scale, **plain, **tables).model_dump()
     words = [
         re.sub(r"[^A-Za-z0-9.]+", "-", str(value).rpartition("/")[2]).strip("-.")[:30] for value in settings.values()
     ]

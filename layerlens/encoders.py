@@ -110,7 +110,8 @@ class SentenceEncoder(nn.Module):
 
     Attributes:
         width: Features of a hidden state.
-        layer_names: The paper's numbering: 0 = embeddings, k = the k-th block's output, then the head if any.
+        layer_names: The paper's numbering: 0 = embeddings, k = the k-th block's output, then the head if any. Where
+            no module puts out the embeddings (OPT), they are missing, and block 1 comes first.
         head_layer: `head` where embeddings at evaluation are what goes into it, else "".
 
     Raises:
@@ -146,8 +147,14 @@ class SentenceEncoder(nn.Module):
         with quiet():
             batch = {name: value.to(device_of(backbone)) for name, value in self.example().items()}
             _check_padding(backbone, batch)
-            names = _layer_names(backbone, batch)
-        self.layer_names: tuple[str, ...] = (*names, *["head"] * (head is not None))
+            self._embeddings, blocks = _layer_names(backbone, batch)
+        if pooling == "first-last-mean" and not self._embeddings:
+            raise ConfigError(
+                f"{self.config.model_type} adds its embeddings up outside of any module, so there is no "
+                "first-last-mean of it; allowed: cls, mean"
+            )
+        around = [self._embeddings] if self._embeddings else [], ["head"] if head is not None else []
+        self.layer_names: tuple[str, ...] = (*around[0], *blocks, *around[1])
 
     @property
     def config(self) -> Any:
@@ -322,7 +329,7 @@ class SentenceEncoder(nn.Module):
         if self.pooling != "first-last-mean":
             yield kept
             return
-        layer = self.get_submodule(self.layer_names[0])
+        layer = self.get_submodule(self._embeddings)
         handle = layer.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)))
         try:
             yield kept
@@ -402,9 +409,8 @@ def build_encoder(
 
 def same_tokens(encoder: SentenceEncoder, other: SentenceEncoder) -> bool:
     """Whether two encoders make the same tokens of every sentence, so that one batch fits both."""
-    return encoder.max_length == other.max_length and (
-        describe_tokenizer(encoder.tokenizer) == describe_tokenizer(other.tokenizer)
-    )
+    first, second = ((e.max_length, set(e.example()), describe_tokenizer(e.tokenizer)) for e in (encoder, other))
+    return first == second
 
 
 def _checked(wanted: _Settings) -> _Settings:
@@ -747,11 +753,12 @@ def _check_padding(backbone: nn.Module, batch: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"{kind} lets padding into the states of real tokens, so no statistic of it would hold")
 
 
-def _layer_names(backbone: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
+def _layer_names(backbone: nn.Module, batch: Mapping[str, Tensor]) -> tuple[str, list[str]]:
     """Embeddings and blocks of a Transformer, by what one pass shows.
 
     The blocks are the list of `num_hidden_layers` modules; the embeddings are the outermost module whose output goes
-    into the first block. Other architectures (blocks that share weights) get the block level of any network.
+    into the first block, "" if there is none. Other architectures (blocks that share weights) get the block level of
+    any network.
 
     Raises:
         ConfigError: A layer's output is not (n, t, d), so that nobody could tell which rows are padding.
@@ -760,7 +767,8 @@ def _layer_names(backbone: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
     lists = [n for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         found = discover(backbone, batch)
-        return [f"backbone.{layer.name}" for layer in select(backbone, found, "auto")]
+        names = [f"backbone.{layer.name}" for layer in select(backbone, found, "auto")]
+        return ("", names) if "#" in names[0] else (names[0], names[1:])
     outputs: list[tuple[str, Tensor | None]] = []
     entered: list[tuple[Tensor | None, int]] = []
     handle = backbone.get_submodule(f"{lists[0]}.0").register_forward_pre_hook(
@@ -780,7 +788,8 @@ def _layer_names(backbone: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
             f"{odd[0]!r} of {backbone.config.model_type} puts out {shapes[odd[0]]} for {tokens} tokens; allowed: one "  # type: ignore[union-attr]
             "row per token"
         )
-    return [f"backbone.{name}" for name in names]
+    full = [f"backbone.{name}" for name in names]
+    return (full[0], full[1:]) if embeddings else ("", full)
 
 
 def _tensor(output: Any) -> Tensor:

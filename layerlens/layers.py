@@ -91,7 +91,7 @@ def select(model: nn.Module, found: Sequence[Layer], layers: str | Sequence[str]
     for pattern in patterns:
         matches = fnmatch.filter(by_name, pattern) or _numbered(found, pattern)
         if not matches:
-            raise UnknownLayerError(_unknown(model, pattern, list(by_name)))
+            raise UnknownLayerError(_unknown(model, pattern, found))
         wanted.update(matches)
     return [layer for layer in found if layer.name in wanted]
 
@@ -161,7 +161,8 @@ def split_at(
     """
     begun, done = _timeline(model, batch, forward or run_batch)
     if layer != INPUT and layer not in done:
-        raise UnknownLayerError(_unknown(model, layer, [INPUT, *done]))
+        there = [Layer(name=name, kind="", shape=()) for name in (INPUT, *done)]
+        raise UnknownLayerError(_unknown(model, layer, there))
     cut = 0 if layer == INPUT else done[layer]
     before = list(dict.fromkeys(name for name in begun[:cut] if _holds_state(model, name)))
     after = list(dict.fromkeys(name for name in begun[cut:] if _holds_state(model, name)))
@@ -317,7 +318,11 @@ def _related(name: str, unit: str) -> bool:
     return name == unit or _inside(name, unit) or _inside(unit, name)
 
 
-def _unknown(model: nn.Module, pattern: str, names: list[str]) -> str:
+def _unknown(model: nn.Module, pattern: str, found: Sequence[Layer]) -> str:
+    names = [layer.name for layer in found]
+    numbers = [layer.index for layer in found if layer.index is not None]
+    if numbers and pattern.removeprefix("-").isdigit():
+        return f"no layer number {pattern} in {type(model).__name__}; allowed: {min(numbers)} to {max(numbers)}"
     repeated = [n for n in names if n.partition("#")[0] == pattern]
     if repeated:
         return f"{pattern!r} runs {len(repeated)} times in a pass; name one call: {', '.join(repeated)}"

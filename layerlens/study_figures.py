@@ -150,7 +150,8 @@ def geometry(
 
     Args:
         result, arms, data, ax: As for `sweep`.
-        split: `train`, `test`, or `both`: then the training split's arrows are dotted and its marks small.
+        split: `train`, `test`, or `both`: then the training split's arrows are dotted and its marks small. Runs over
+            sentences have one split, their dev pairs.
 
     Raises:
         ShapeError, UnknownNameError, DataError: As for `sweep`.
@@ -158,8 +159,9 @@ def geometry(
     from matplotlib.lines import Line2D
 
     check_known("split", split, ("both", "train", "test"))
-    both = split == "both"
-    splits = ("test", "train") if both else (split,)
+    measured = [part for part in ("test", "train") if f"alignment_{part}" in result.metrics()]
+    both = split == "both" and len(measured) == 2
+    splits = ("test", "train") if both else (measured or ["test"]) if split == "both" else [split]
     groups = study_lines.groups(study_lines.chosen(result, f"alignment_{splits[0]}", arms, data))
     axes = ax or _new_axes(4.6 + 1.8 * (len(groups) > 4), max(3.8, 0.18 * len(groups) + 0.9))
     epochs: set[int] = set()
@@ -177,7 +179,7 @@ def geometry(
     if both:
         for label, size, dash in (("test", 5, "-"), ("train", 3, ":")):
             handles.append(Line2D([], [], label=label, ms=size, ls=dash, color="0.35", marker="o"))
-    where = "" if both else f", {split}"
+    where = "" if both else f", {splits[0]}"
     axes.set(xlabel=f"uniformity{where} (lower is better)", ylabel=f"alignment{where} (lower is better)")
     if data:
         axes.set_title(f"on {data}")

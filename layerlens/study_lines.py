@@ -197,6 +197,8 @@ def plain(value: Any) -> str:
 def quantity(metric: str, data: str = "") -> str:
     """A score in words."""
     name = _SCORES.get(metric, metric.replace("_", ", "))
+    if metric.startswith(("STS", "SICK")):
+        name = f"{metric}, Spearman correlation"
     gap = "\n" if len(name) + len(data) > 38 else " "  # longer than a figure is high
     name = f"{name},{gap}on {data}" if data else name
     return f"{name} (lower is better)" if lower_is_better(metric) else name

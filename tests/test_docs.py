@@ -111,16 +111,23 @@ def settings_of_the_docs() -> list[dict[str, Any]]:
 
 
 def test_the_settings_files_of_the_docs_are_accepted():
-    everything, moco = settings_of_the_docs()  # two, as MoCo and AdaLASE exclude each other
-    for settings in (everything, moco):
+    files = settings_of_the_docs()  # three, as MoCo, AdaLASE and sentences exclude each other
+    for settings in files:
         make_config(settings)
-    assert {*everything, *moco, "init_sha256", "data_sha256"} == set(ll.RunConfig.model_fields)
+    assert {"init_sha256", "data_sha256"}.union(*files) == set(ll.RunConfig.model_fields)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_settings_files_of_the_docs_name_every_field_of_a_table(table):
-    everything, moco = settings_of_the_docs()
-    assert set({**everything, **moco}[table]) == set(TABLES[table].model_fields)
+    everything, moco, text = settings_of_the_docs()
+    assert set({**everything, **moco, **text}[table]) == set(TABLES[table].model_fields) - {"dev_sha256"}
+
+
+def test_the_settings_file_of_the_docs_for_sentences_holds_the_defaults():
+    settings, usual = settings_of_the_docs()[2], make_config({"objective": "simcse"}).model_dump(mode="json")
+    own = {"model_dropout", "dev", "dev_every"}  # left out by default
+    assert {key: value for key, value in settings["text"].items() if key not in own}.items() <= usual["text"].items()
+    assert {key: value for key, value in settings.items() if key != "text"}.items() <= usual.items()
 
 
 def test_the_settings_file_of_the_docs_holds_the_defaults_but_where_it_says_so():

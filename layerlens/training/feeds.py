@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from layerlens.data import AnyDataset, Batches, Dataset, to_unit
 from layerlens.errors import ConfigError
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.sts import sts_scores
-from layerlens.text import StsTask, TextDataset
+from layerlens.text import StsTask, TextDataset, report
 from layerlens.training.config import RunConfig
 from layerlens.training.methods import Batch, Method, MoCo, SimCLR, SupCon, Supervised
 from layerlens.training.order import Order
@@ -23,6 +23,9 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "supcon": SupCon, "moco": MoCo, "supervised": Supervised,
     "simcse": SimCSE, "pairs": SimCSE, "mlm": MaskedLM,
 }  # fmt: skip
+
+
+COUNTED = 100_000  # sentences that are looked at for their length
 
 
 class ImageFeed:
@@ -110,6 +113,22 @@ class TextFeed:
     def score(self, network: nn.Module) -> dict[str, float | None]:
         """Spearman correlation with the scores of the dev pairs, mean over their tasks."""
         return {"dev": sts_scores(network, self.dev)["mean"] if self.dev else None}
+
+
+def describe_sentences(dataset: TextDataset, encoder: Any) -> Iterator[str]:
+    """What was read and left out, and how many sentences are longer than the encoder reads.
+
+    Args:
+        dataset: Beyond 100,000 sentences, so many at even distances are counted.
+        encoder: Whose tokens.
+    """
+    yield report(dataset)
+    sentences = dataset.split("train")
+    step = -(-len(sentences) // COUNTED)
+    counted = [sentences[row] for row in range(0, len(sentences), step)]
+    if cut := encoder.too_long(counted):
+        whole = "" if step == 1 else f" ({len(counted):,} of {len(sentences):,} counted)"
+        yield f"{cut:,} sentences{whole} have more than {encoder.max_length} tokens and are cut there"
 
 
 def check_data(config: RunConfig, dataset: AnyDataset) -> None:

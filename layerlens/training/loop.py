@@ -28,10 +28,17 @@ from layerlens.provenance import provenance
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import fingerprint, save_checkpoint
 from layerlens.training.config import RunConfig, ViewsConfig
-from layerlens.training.feeds import METHODS, ImageFeed, TextFeed, check_data
+from layerlens.training.feeds import METHODS, ImageFeed, TextFeed, check_data, describe_sentences
 from layerlens.training.lars import LARS
 from layerlens.training.launch import launch, launched
-from layerlens.training.network import Start, adalase_layers, augmented_layers, build_start, frozen_modules
+from layerlens.training.network import (
+    Start,
+    adalase_layers,
+    augmented_layers,
+    build_network,
+    build_start,
+    frozen_modules,
+)
 from layerlens.training.order import Order, generator, seed_of
 from layerlens.training.ranks import gather_rows, mean_over_ranks
 from layerlens.training.run_folder import Log, RunResult, claim_folder, locked, read_result, remove_leftovers
@@ -62,6 +69,7 @@ def train(
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
     tensorboard: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Train a network and write its run folder; a run that was interrupted goes on where it stopped.
 
@@ -80,6 +88,7 @@ def train(
             torchrun has started them; a script that calls this needs the guard `if __name__ == "__main__":`.
         progress: Called after each step.
         tensorboard: Also write the numbers of each epoch as TensorBoard events.
+        say: Takes lines about the sentences that are trained on: how many, what was left out, what is cut.
 
     Raises:
         ConfigError: A batch larger than the training split, labels missing, an unknown device.
@@ -98,6 +107,9 @@ def train(
     if (folder / "result.json").exists():
         claim_folder(folder, config)
         return _finished(folder)
+    if say is not None and isinstance(dataset, TextDataset):
+        for line in describe_sentences(dataset, build_network(config, dataset)):
+            say(line)
     if launched():
         return _train_among_ranks(config, folder, _Trainer(config, dataset, folder, device, progress, tensorboard))
     if config.devices == 1:

@@ -22,7 +22,7 @@ from layerlens.augment.deep import DeepAugmentation
 from layerlens.augment.spatial import Mix, cutout
 from layerlens.data import Dataset, dataset_from_arrays
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, UnknownNameError
-from layerlens.training import loop, methods
+from layerlens.training import feeds, loop
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, resolve, train
 from layerlens.training.network import adalase_layers, build_start
@@ -431,7 +431,7 @@ def test_the_inner_product_of_a_step_is_that_worked_out_by_hand(tmp_path: Path):
     found, rate = float(trainer.adalase._sums[0]), trainer.rate
 
     def seen(rows: Tensor, views: Any, source: torch.Generator) -> Tensor:
-        return (views(data.x_train[rows].float() / 255, source) - trainer.mean) / trainer.std
+        return (views(data.x_train[rows].float() / 255, source) - trainer.feed.mean) / trainer.feed.std
 
     rows, usual = order[0][0], trainer.method.views
     with torch.random.fork_rng(devices=[]):
@@ -526,7 +526,7 @@ def test_the_validation_pass_uses_batch_statistics(tmp_path: Path, monkeypatch: 
 def passes(monkeypatch: pytest.MonkeyPatch, objective: str) -> list[tuple[bool, list[int], float, bytes]]:
     """Of each call of an objective's loss: at rest?, its rows, the rotation of its views, its generator's state."""
     seen: list[tuple[bool, list[int], float, bytes]] = []
-    kind = methods.METHODS[objective]
+    kind = feeds.METHODS[objective]
     plain = kind.loss
     attached: list[AdaLASE] = []
     begin = AdaLASE.draw
@@ -772,9 +772,9 @@ def test_weights_and_gradient_agree_with_a_functional_call(tmp_path: Path):
 
         def loss(step: float) -> float:
             moved = {n: p + step * g / size for n, p, g in zip(names, values, gradient, strict=True)}
-            trainer.method.run = lambda images: functional_call(trainer.network, moved, trainer._normalize(images))
+            trainer.method.run = lambda images: functional_call(trainer.network, moved, trainer.feed.normalize(images))
             turned = replace(trainer.method.views, rotation=10.0)
             with torch.no_grad(), trainer.method.seeing(turned), trainer.adalase.resting():
-                return float(trainer.method.loss(trainer._batch(rows, trainer._validation_draws())))
+                return float(trainer.method.loss(trainer.feed.batch(rows, trainer._validation_draws())))
 
         assert (loss(5e-3) - loss(-5e-3)) / 1e-2 == pytest.approx(size, rel=0.05)

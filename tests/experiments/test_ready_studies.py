@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -14,8 +14,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from sentences import places, scored_pairs, sentence, write_csv
 
-from layerlens.data import Dataset, dataset_from_arrays, load_data
+from layerlens.data import AnyDataset, dataset_from_arrays, load_data
+from layerlens.encoders import train_tokenizer
 from layerlens.experiments.engines.local import LocalEngine
 from layerlens.experiments.grid import Plan, make_plan
 from layerlens.experiments.results import collect
@@ -23,9 +25,8 @@ from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import SCALES, axis_name, read_study, study_names
 from layerlens.study_figures import draw_all
+from layerlens.text import TextDataset
 from layerlens.training.config import RunConfig
-from layerlens.training.loop import build_operators
-from layerlens.training.network import build_network, frozen_modules
 from layerlens.training.order import Order
 from layerlens.training.recipes import read_recipe
 
@@ -44,10 +45,12 @@ RUNS = {  # smoke, hour, published
     "lower-to-higher": (10, 85, 85),
     "mixing-masking": (12, 75, 75),
     "rates": (10, 205, 205),
+    "sentence-embeddings": (14, 81, 135),
+    "sentence-rates": (16, 144, 240),
     "supervised": (10, 75, 75),
     "transfer": (12, 170, 170),
 }
-SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537, but for text and graphs
+SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537, but for graphs
     "dropout everywhere against dropout at one layer": "dropout-everywhere",
     "100 % of the batch with stop-gradient": "full-batch-stop",
     "50 % of the batch, stop / no stop": "layer-sweep",
@@ -59,6 +62,8 @@ SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537, but 
     "CKA heat maps": "cka-heat-maps",
     "alignment and uniformity over checkpoints": "alignment-uniformity",
     "supervised training": "supervised",
+    "SimCSE with and without MLM": "sentence-embeddings",
+    "SimCSE, rates, with and without BERT's own dropout": "sentence-rates",
 }
 OTHER_STUDIES = {
     "rates", "adalase-sample-size", "dropout-passes-resnet20", "dropout-passes-convnet-quick", "mixing-masking",
@@ -71,17 +76,37 @@ WITHOUT_RECIPE = {  # published settings that are a recipe's without one table, 
 }
 METRICS = {
     "probe", "knn", "knn10", "top1", "alignment_train", "alignment_test", "uniformity_train", "uniformity_test",
+    "STS-B",
 }  # fmt: skip
 HUNG = ("augment", "freeze", "adalase", "dropout")
 IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
+SENTENCES = {"text:sentences.txt": 52_594}
 
 every_study = pytest.mark.parametrize("name", sorted(RUNS))
 every_scale = pytest.mark.parametrize("scale", SCALES)
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that studies of sentences ask for."""
+    folder, draws = tmp_path_factory.mktemp("files"), random.Random(0)
+    written = [sentence(parts) for parts in places(draws, 400)]
+    (folder / "sentences.txt").write_text("\n".join(written))
+    write_csv(folder / "stsb_dev.csv", ["score", "sentence1", "sentence2"], scored_pairs(draws))
+    train_tokenizer(written, folder / "tokenizer", vocabulary=300)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+
+
 @cache
-def images(spec: str) -> Dataset:
-    """Digits as they are; 50,000 times the same grey image in the place of CIFAR."""
+def images(spec: str) -> AnyDataset:
+    """Digits as they are; 50,000 times the same grey image in the place of CIFAR, or the same sentence."""
+    if spec in SENTENCES:
+        return TextDataset(name=spec, columns=(["a bird sings"] * SENTENCES[spec],), test=["nobody waits"] * 1000)
     if spec.startswith("digits"):
         return load_data(spec)
     classes = {"cifar10": 10, "cifar100": 100}[spec.partition(":")[0]]
@@ -128,37 +153,24 @@ def test_it_has_as_many_runs_as_counted_by_hand(name: str, scale: str) -> None:
 
 
 @every_study
-def test_the_small_sizes_need_nothing_but_digits(name: str) -> None:
+def test_the_small_sizes_need_nothing_but_digits_or_sentences(name: str) -> None:
+    own = "text:sentences.txt" if name.startswith("sentence") else "digits"
     for scale in ("smoke", "hour"):
-        assert {data.partition(",")[0] for data in plan_of(name, scale).datasets} == {"digits"}
+        assert {data.partition(",")[0] for data in plan_of(name, scale).datasets} == {own}
 
 
 @every_scale
 @every_study
 def test_no_run_asks_for_more_images_than_there_are(name: str, scale: str) -> None:
     for config in different_configs(plan_of(name, scale)):
+        if config.data in SENTENCES:
+            assert Order(config, images(config.data)).steps >= 1
+            continue
         data, total = images(config.data), IMAGES[config.data.partition(":")[0].partition(",")[0]]
         if not config.data.startswith("digits"):
             labels = torch.arange(total) % len(data.classes)
             data = replace(data, x_train=data.x_train[:1].expand(total, -1, -1, -1), y_train=labels)
         assert Order(config, data).steps >= 1
-
-
-@cache
-def learns(settings: str) -> bool:
-    """Whether everything can be hung on a run's network, and something is left to train; settings as JSON."""
-    config = RunConfig.model_validate_json(settings)
-    network, example = network_of(config.model, config.objective, config.data)
-    build_operators(config, network, example)
-    frozen = {id(p) for m in frozen_modules(config, network, example) for p in m.parameters(recurse=False)}
-    return any(id(p) not in frozen for p in network.parameters())
-
-
-@cache
-def network_of(model: str, objective: Any, data: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The network of a run, built once for all runs that have the same, with a batch for it."""
-    config = RunConfig(model=model, objective=objective, data=data)
-    return build_network(config, images(data)), torch.zeros(2, *images(data).input_shape)
 
 
 @every_study
@@ -185,7 +197,10 @@ def test_the_published_size_rests_on_the_published_settings(name: str) -> None:
     study = read_study(name)
     rest = study.scales["published"].recipe
     base = study.at_scale("published").base
-    if name in WITHOUT_RECIPE:
+    if name.startswith("sentence"):  # the paper starts from weights that no study can make
+        assert rest is None
+        assert base["model"].startswith("hf-config:bert-small")
+    elif name in WITHOUT_RECIPE:
         recipe, table, changed = WITHOUT_RECIPE[name]
         expected = {key: value for key, value in read_recipe(recipe).items() if key != table}
         assert rest is None

@@ -19,8 +19,9 @@ from layerlens.data import Dataset, dataset_from_arrays
 from layerlens.errors import ConfigError
 from layerlens.training import loop, methods
 from layerlens.training.config import RunConfig, make_config
+from layerlens.training.feeds import METHODS
 from layerlens.training.loop import resolve, train
-from layerlens.training.methods import METHODS, Batch, Method, MoCo
+from layerlens.training.methods import Batch, Method, MoCo
 from layerlens.training.objectives.simclr import nt_xent
 from layerlens.training.objectives.supcon import sup_con
 from layerlens.training.run_folder import read_metrics

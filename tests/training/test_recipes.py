@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentences import Corpus, make_corpus
 
 from layerlens import cli
 from layerlens.data import Dataset, dataset_from_arrays
@@ -20,6 +21,8 @@ from layerlens.training.recipes import list_recipes, read_recipe, recipe_names, 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OF_SENTENCES = [name for name in recipe_names() if "bert" in name]
+OF_IMAGES = [name for name in recipe_names() if "bert" not in name]
 FIELDS = ["Command", "Expected", "Source", "Hardware/time", "Measured"]
 UNQUOTED = "not published as a number that we can quote"
 PUBLISHED = {  # typed from methods.md, sections 1, 6 and 7: what the header must say, in this order
@@ -29,6 +32,12 @@ PUBLISHED = {  # typed from methods.md, sections 1, 6 and 7: what the header mus
     "dropout-forward-resnet20": [".9169", ".9143", ".9007/.9093/.9169/.9171/.9141/.9142"],
     "dropout-backward-resnet20": [".9140", ".9143", ".9109/.9130/.9140/.9142/.9147/.9146"],
     "dropout-augmented-resnet20": [".9196", ".9193", ".9143"],
+    "simcse-bert": ["66.59/81.05/73.82/81.08/79.05/77.55/71.91", "mean 75.86"],
+    "simcse-mlm-bert": ["49.15/68.76/54.65/69.64/72.49/58.02/63.71", "mean 62.35"],
+    "deep-augmentation-bert-stop": ["70.35/81.66/74.11/82.13/78.20/78.59/72.03", "mean 76.72"],
+    "deep-augmentation-bert-no-stop": ["68.50/82.45/73.70/81.32/78.32/78.15/72.12", "mean 76.37"],
+    "deep-augmentation-bert-mlm-stop": ["63.56/76.75/68.22/79.02/77.00/73.84/69.47", "mean 72.55"],
+    "deep-augmentation-bert-mlm-no-stop": ["65.25/80.44/70.65/79.63/76.75/76.94/70.58", "mean 74.32"],
     "dropout-standard-convnet-quick": [".7657", ".7579", ".7523/.7617/.7657/.7647/.7626/.7608"],
     "dropout-forward-convnet-quick": [".7482", ".7579", ".6908/.7211/.7482/.7627/.7612/.7578"],
     "dropout-backward-convnet-quick": [".7585", ".7579", ".7433/.7557/.7585/.7593/.7583/.7599"],
@@ -50,6 +59,11 @@ def tiny() -> Dataset:
     return dataset_from_arrays("tiny", x[:32], y[:32], x[32:], y[32:])
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
 def scaled_down(settings: dict[str, Any]) -> dict[str, Any]:
     """The same method in one epoch of two steps; only sizes change."""
     narrow = {"resnet18-cifar": "resnet18-cifar,width=2", "resnet50-cifar": "resnet50-cifar,width=2"}
@@ -66,7 +80,19 @@ def scaled_down(settings: dict[str, Any]) -> dict[str, Any]:
 # --- what stands in the files ---
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", OF_SENTENCES)
+def test_recipes_of_sentences_are_simcse_as_published(name: str):
+    config = make_config(read_recipe(name))
+    assert config.text is not None
+    assert (config.epochs, config.batch_size, config.learning_rate, config.temperature) == (1, 64, 3e-5, 0.05)
+    assert (config.text.pooling, config.text.max_length, config.text.dev_every) == ("cls-before-head", 32, 125)
+    assert config.text.mlm_weight == (0.1 if "mlm" in name else 0)
+    layer = {"stop": "8", "no-stop": "10"}.get(name.partition("bert-")[2].removeprefix("mlm-"))
+    assert (config.augment and config.augment.layer) == layer
+    assert (config.augment is not None and config.augment.stop_gradient) == (layer == "8")
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_every_recipe_is_a_configuration_that_says_what_defines_it(name: str):
     settings = read_recipe(name)
     config = make_config(settings)
@@ -206,7 +232,23 @@ def test_the_package_holds_the_recipes():
 # --- running them ---
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", OF_SENTENCES)
+def test_every_recipe_of_sentences_trains(name: str, corpus: Corpus, tmp_path: Path):
+    settings = read_recipe(name)
+    small = {
+        "model": f"hf-config:bert-tiny,tokenizer={corpus.tokenizer},layers=12,width=16,heads=2",
+        "data": corpus.spec(),
+        "batch_size": 60,
+    }
+    text = {**settings["text"], "dev": corpus.spec("sts"), "dev_every": 2}
+    result = train(make_config({**settings, **small, "text": text}), tmp_path / "run", device="cpu")
+    assert np.isfinite(result.loss)
+    assert result.loss > 0
+    assert result.best is not None
+    assert result.best["step"] in (2, 3)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_every_recipe_trains(name: str, tmp_path: Path):
     result = train(make_config(scaled_down(read_recipe(name))), tmp_path / "run", dataset=tiny(), device="cpu")
     assert result.epochs == 1
