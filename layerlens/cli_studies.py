@@ -68,6 +68,7 @@ def run(
     scale: str | None,
     model: str | None,
     data: str | None,
+    dev: str | None,
     epochs: int | None,
     seeds: int | None,
     name: str | None,
@@ -100,7 +101,7 @@ def run(
     from layerlens.experiments.runner import check_patience, manifest, run_plan
     from layerlens.experiments.store import Store
 
-    chosen = _study(what, scale, name, seeds, {"model": model, "data": data, "epochs": epochs})
+    chosen = _study(what, scale, name, seeds, {"model": model, "data": data, "dev": dev, "epochs": epochs})
     more, here = _pairs(options), engine == "local"
     check_known("engine", engine, ENGINES)
     check_patience(retries, limit_s)

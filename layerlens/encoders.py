@@ -77,10 +77,13 @@ class SentenceHead(nn.Sequential):
     """
 
     def __init__(self, width: int, out: int | None = None) -> None:
-        linear = nn.Linear(width, out or width)
-        nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)
-        super().__init__(linear, nn.Tanh())
+        super().__init__(nn.Linear(width, out or width), nn.Tanh())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self[0].weight, std=0.02)  # type: ignore[arg-type]
+        nn.init.zeros_(self[0].bias)  # type: ignore[arg-type]
 
 
 class GivenStates(nn.Module):

@@ -279,9 +279,9 @@ def head_name(model: nn.Module, example: Example) -> str:
 def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of the model with fresh weights: the twin that shows what the architecture alone does.
 
-    Every module with a `reset_parameters` is drawn anew by it, children before parents, and torchvision's ResNets as
-    their constructor does; the draw is seeded and leaves the global generators as they were. Where another
-    architecture's constructor draws weights of its own, call it for the twin instead.
+    Every module with a `reset_parameters` is drawn anew by it, children before parents, torchvision's ResNets as their
+    constructor does, and models of transformers by their own class; the draw is seeded and leaves the global generators
+    as they were. Where another architecture's constructor draws weights of its own, call it for the twin instead.
 
     Raises:
         ConfigError: A module holds parameters of its own but has no `reset_parameters`. Build the twin by
@@ -290,7 +290,10 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     twin = copy.deepcopy(model)
     with untouched(twin, keep_buffers=False):
         seed_everything(seed, device_of(twin))
+        drawn = [name for name, module in twin.named_modules() if _draw_pretrained(module)]
         for name, module in reversed(list(twin.named_modules())):
+            if any(not own or name == own or name.startswith(f"{own}.") for own in drawn):
+                continue
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if callable(reset):
                 reset()
@@ -340,6 +343,15 @@ def _draw_resnet(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _draw_pretrained(module: nn.Module) -> bool:
+    """Whether this is a model of transformers, whose embeddings are not drawn as `reset_parameters` does: now anew."""
+    if not hasattr(module, "_init_weights") or not type(module).__module__.startswith("transformers."):
+        return False
+    fresh = type(module)(copy.deepcopy(module.config))  # type: ignore[call-arg]
+    module.load_state_dict(fresh.state_dict(), strict=False)  # it may have been built without its pooler
+    return True
 
 
 def _cifar_resnet(blocks: int) -> Callable[[Shape, dict[str, Any]], nn.Module]:

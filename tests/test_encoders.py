@@ -40,6 +40,7 @@ from layerlens.errors import (
     UnknownNameError,
 )
 from layerlens.layers import discover, main_tensor
+from layerlens.models import reinitialized
 from layerlens.training.checkpoint import load_into, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -938,3 +939,15 @@ def test_a_tokenizer_of_real_sentences_leaves_few_words_unknown(shared_data, tmp
     tokens = encoder.tokenize(held_out)["input_ids"]
     assert (tokens == encoder.tokenizer.unk_token_id).sum() <= 2e-4 * (tokens != encoder.tokenizer.pad_token_id).sum()
     assert encoder.too_long(held_out) < 0.02 * len(held_out)
+
+
+def test_the_untrained_twin_of_an_encoder_is_drawn_as_its_family_draws(build):
+    encoder = build("bert", pooling="cls", head=True, mlm=True)
+    twin, again = (reinitialized(encoder, seed=3) for _ in range(2))
+    words = twin.get_parameter("backbone.embeddings.word_embeddings.weight")
+    assert words.std().item() == pytest.approx(0.02, rel=0.1), "N(0, 0.02²), not an embedding's usual N(0, 1)"
+    assert not torch.equal(words, encoder.get_parameter("backbone.embeddings.word_embeddings.weight"))
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), again.parameters(), strict=True))
+    assert twin.mlm_head.cls.predictions.decoder.weight is words
+    assert twin.head[0].weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not torch.equal(twin.head[0].weight, encoder.head[0].weight)
