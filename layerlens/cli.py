@@ -38,8 +38,8 @@ def analysis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--layers", default="auto", show_default=True, help="auto, blocks, all, or names and globs with commas."
         ),
-        click.option("--samples", default=1000, show_default=True, help="Images."),
-        click.option("--batch-size", default=100, show_default=True, help="Images per batch."),
+        click.option("--samples", default=1000, show_default=True, help="Images or sentences."),
+        click.option("--batch-size", default=100, show_default=True, help="Of them per batch."),
         click.option("--split", default="test", show_default=True, help="test or train."),
         click.option("--kernel", default="linear", show_default=True, help="linear or rbf."),
         click.option("--estimator", default="minibatch", show_default=True, help="minibatch, debiased or biased."),
@@ -47,7 +47,7 @@ def analysis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--memory-mib", default=2048.0, show_default=True, help="Bound for measures over all samples at once."
         ),
-        click.option("--seed", default=0, show_default=True, help="Of images, views, twin and resampling."),
+        click.option("--seed", default=0, show_default=True, help="Of samples, views, twin and resampling."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -107,7 +107,7 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 @click.option("--learning-rate", type=float, help="At its peak; 0.06 · batch / 128 by default.")
 @click.option("--temperature", type=float)
 @click.option("--labels", type=float, help="Share of the training images whose labels supcon and moco see.")
-@click.option("--train-samples", type=int, help="Train on so many images only.")
+@click.option("--train-samples", type=int, help="Train on so many images or sentences only.")
 @click.option("--seed", type=int)
 @click.option("--keep-every", type=int, help="Epochs between two kept checkpoints.")
 @click.option("--init", type=click.Path(), help="Checkpoint to start from.")
@@ -256,7 +256,8 @@ def analyze(
     click.echo()
     show(ranks, False, ["layer", "effective_rank", "low", "high"])
     g = found.geometry
-    click.echo(f"\nalignment {g.alignment:.4f}   uniformity {g.uniformity:.4f}   ({g.samples} images, {g.split} split)")
+    where = f"({g.samples} samples, {g.split} split)"
+    click.echo(f"\nalignment {g.alignment:.4f}   uniformity {g.uniformity:.4f}   {where}")
     click.echo(f"intervals, figures and JSON: {folder}")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,20 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerlens.backbones import SIZES as SIZES
+from layerlens.backbones import (
+    config_from,
+    dropout_keys,
+    family_config,
+    fit_to_tokenizer,
+    fresh_backbone,
+    harmless,
+    is_decoder,
+    local_folder,
+    positions_of,
+    pretrained_backbone,
+    read_config,
+    set_dropout,
+)
 from layerlens.devices import device_of
 from layerlens.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    DownloadError,
     LayerlensError,
     UnknownNameError,
     check_known,
-    closest,
     require,
 )
 from layerlens.layers import discover, main_tensor, select
-from layerlens.sentence_folders import SentenceFolder, read_folder, read_model_json, write_folder
+from layerlens.sentence_folders import SentenceFolder, read_folder, write_folder
 from layerlens.specs import Spec, parse_spec
 from layerlens.tokenizers import (
     POSITIONS,
@@ -45,21 +56,8 @@ from layerlens.untouched import observed, untouched
 
 POOLINGS = ("cls", "cls-before-head", "mean", "first-last-mean")
 KINDS = ("hf", "hf-config")
-SIZES = {  # blocks, width, heads; BERT's as in Turc et al. 2019, the others' base as published
-    "bert": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
-    "roberta": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
-    "distilbert": {"tiny": (2, 128, 2), "mini": (2, 256, 4), "small": (3, 512, 8), "base": (6, 768, 12)},
-    "minilm": {"tiny": (2, 96, 3), "mini": (4, 192, 6), "small": (6, 384, 12), "base": (12, 384, 12)},
-    "mpnet": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12)},
-    "modernbert": {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (22, 768, 12)},
-}
-_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _SETTINGS = ("pooling", "max_length", "dropout", "head")
 _EXAMPLE = ("a bird", "a dreary name, said the lord of the house")
-# What a configuration could use to make transformers fetch code, quantize, or keep more than the last states.
-_DROPPED = {"auto_map", "attn_implementation", "experts_implementation", "quantization_config", "custom_pipelines"}
-_DROPPED |= {"output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "transformers_version"}
-_OTHER_HEADS = ("classif", "summary", "qa_", "layerdrop")  # dropout of parts that aren't built here
 
 
 class SentenceHead(nn.Sequential):
@@ -84,16 +82,6 @@ class SentenceHead(nn.Sequential):
         """Draw the weights anew."""
         nn.init.normal_(self[0].weight, std=0.02)  # type: ignore[arg-type]
         nn.init.zeros_(self[0].bias)  # type: ignore[arg-type]
-
-
-class GivenStates(nn.Module):
-    """Stands where a masked language model has its Transformer, and hands on the hidden states it is given."""
-
-    def forward(self, *_args: Any, inputs_embeds: Tensor, **_settings: Any) -> Any:
-        """(n, t, width) -> the same, as a Transformer's output; each family passes other settings along."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 class SentenceEncoder(nn.Module):
@@ -137,7 +125,7 @@ class SentenceEncoder(nn.Module):
         check_known("pooling", pooling, POOLINGS)
         if pooling == "first-last-mean" and head is not None:
             raise ConfigError("pooling='first-last-mean' takes no head; add ,head=false or choose another pooling")
-        if pooling.startswith("cls") and _is_decoder(self.config):
+        if pooling.startswith("cls") and is_decoder(self.config):
             raise ConfigError(
                 f"pooling={pooling!r}, but in {self.config.model_type}, a decoder, the first token sees only itself; "
                 "allowed: mean, first-last-mean"
@@ -167,7 +155,7 @@ class SentenceEncoder(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether any dropout probability of the configuration is above 0."""
-        return any(getattr(self.config, key) > 0 for key in _dropout_keys(self.config))
+        return any(getattr(self.config, key) > 0 for key in dropout_keys(self.config))
 
     @property
     def embedding_width(self) -> int:
@@ -257,7 +245,7 @@ class SentenceEncoder(nn.Module):
         """All that `from_description` needs to build this architecture and its tokenizer again, as JSON-able data."""
         return {
             "format": 1,
-            "config": _harmless(json.loads(self.config.to_json_string(use_diff=False))),
+            "config": harmless(json.loads(self.config.to_json_string(use_diff=False))),
             "tokenizer": describe_tokenizer(self.tokenizer),
             "pooling": self.pooling,
             "head": None if self.head is None else [self.head[0].in_features, self.head[0].out_features],
@@ -279,7 +267,7 @@ class SentenceEncoder(nn.Module):
             if description["format"] != 1:
                 raise CheckpointError(f"an encoder of format {description['format']!r}; this layerlens reads format 1")
             tokenizer = tokenizer_from(description["tokenizer"])
-            backbone, mlm_head = _fresh(_config_from(description["config"]), mlm=description["mlm"] is True)
+            backbone, mlm_head = fresh_backbone(config_from(description["config"]), mlm=description["mlm"] is True)
             return cls(
                 backbone,
                 tokenizer,
@@ -427,24 +415,24 @@ def _checked(wanted: _Settings) -> _Settings:
 
 def _from_folder(spec: Spec, wanted: _Settings) -> SentenceEncoder:
     spec.check_options([*_SETTINGS, "tokenizer"])
-    folder = _local_folder(spec.argument)
+    folder = local_folder(spec.argument)
     found = read_folder(folder, head=wanted.head is not False)
     pooling = _pooling_of(spec.argument, found, wanted)
-    config = _read_config(found.transformer)
-    _set_dropout(config, wanted.dropout)
+    config = read_config(found.transformer)
+    set_dropout(config, wanted.dropout)
     source = Path(str(spec.options.get("tokenizer", found.transformer)))
     tokenizer = load_tokenizer(source, config=config, lowercase=found.lowercase)
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
             f"the tokenizer in {str(source)!r} has {len(tokenizer)} tokens, the model {config.vocab_size}; give its own"
         )
-    backbone, mlm_head = _pretrained(found.transformer, config, mlm=wanted.mlm)
+    backbone, mlm_head = pretrained_backbone(found.transformer, config, mlm=wanted.mlm)
     own = None
     if found.head is not None:
         weight, bias = found.head
         own = SentenceHead(weight.shape[1], weight.shape[0])
         own[0].load_state_dict({"weight": weight, "bias": bias})
-    limit = _positions(backbone)
+    limit = positions_of(backbone)
     shorter = found.max_length if limit is None or found.max_length is None else min(found.max_length, limit)
     length = shorter if wanted.max_length is None else wanted.max_length
     return _assembled(backbone, tokenizer, mlm_head, own, replace(wanted, pooling=pooling, max_length=length))
@@ -468,19 +456,19 @@ def _from_config(spec: Spec, wanted: _Settings) -> SentenceEncoder:
     path = Path(spec.argument)
     if path.exists():
         spec.check_options([*_SETTINGS, "tokenizer"])
-        config, own = _read_config(path), path if path.is_dir() else path.parent
+        config, own = read_config(path), path if path.is_dir() else path.parent
     else:
         spec.check_options([*_SETTINGS, "tokenizer", "layers", "width", "heads"])
-        config, own = _family_config(spec), None
+        config, own = family_config(spec), None
     folder = spec.options.get("tokenizer", own)
     if folder is None:
         raise ConfigError(
             f"{spec.text!r} has no tokenizer; add ,tokenizer=FOLDER (`layerlens tokenizer` makes one from sentences)"
         )
     tokenizer = load_tokenizer(str(folder), config=None if "tokenizer" in spec.options else config)
-    _fit(config, tokenizer)
-    _set_dropout(config, wanted.dropout)
-    backbone, mlm_head = _fresh(config, mlm=wanted.mlm)
+    fit_to_tokenizer(config, tokenizer)
+    set_dropout(config, wanted.dropout)
+    backbone, mlm_head = fresh_backbone(config, mlm=wanted.mlm)
     return _assembled(backbone, tokenizer, mlm_head, None, wanted)
 
 
@@ -499,231 +487,8 @@ def _assembled(
     )
 
 
-def _local_folder(name: str) -> Path:
-    """The folder of a name, or its snapshot in the Hugging Face cache."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        with quiet():
-            return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # of several libraries
-        hub = _HUB_NAME.fullmatch(name)
-        target = name.rpartition("/")[2] if hub else name
-        raise DownloadError(
-            f"no folder {name!r}, and no model of that name in the local cache; where there is a network, "
-            f"`hf download {name if hub else 'NAME'} --local-dir {target}`, then give hf:{target}"
-        ) from error
-
-
-def _family_config(spec: Spec) -> Any:
-    """The configuration of FAMILY-SIZE, with the numbers that options change."""
-    names = [f"{family}-{size}" for family, sizes in SIZES.items() for size in sizes]
-    if spec.argument not in names:
-        hint = closest(spec.argument, names)
-        raise UnknownNameError(
-            f"no file {spec.argument!r}, and no such family and size; {hint}; families: {', '.join(SIZES)}; "
-            f"sizes: {', '.join(SIZES['bert'])}"
-        )
-    family, _, size = spec.argument.rpartition("-")
-    layers, width, heads = SIZES[family][size]
-    each = width // heads
-    numbers = {"layers": layers, "width": width, **spec.options}
-    if "heads" not in numbers:
-        numbers["heads"] = max(1, numbers["width"] // each) if isinstance(numbers["width"], int) else heads
-    for key in ("layers", "width", "heads"):
-        fine = type(numbers[key]) is int and numbers[key] >= 1
-        require(fine, key, numbers[key], "a whole number from 1")
-    layers, width, heads = (numbers[key] for key in ("layers", "width", "heads"))
-    even = 2 if family == "modernbert" else 1  # its rotary positions turn pairs of features
-    if width % (heads * even):
-        raise ConfigError(f"width={width} with heads={heads}; allowed: a multiple of {heads * even}")
-    return _config_from(_family_numbers(family, layers, width, heads))
-
-
-def _family_numbers(family: str, layers: int, width: int, heads: int) -> dict[str, Any]:
-    if family == "distilbert":
-        own = {"n_layers": layers, "dim": width, "n_heads": heads, "hidden_dim": 4 * width}
-        return {"model_type": family, "max_position_embeddings": POSITIONS, **own}
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    if family == "modernbert":
-        return {
-            "model_type": family,
-            **sizes,
-            "intermediate_size": 3 * width // 2,  # gated, so half as wide again as it is deep
-            "max_position_embeddings": POSITIONS,
-        }
-    offset = 2 if family in ("roberta", "mpnet") else 0  # their positions count from the padding's number on
-    return {
-        "model_type": "bert" if family == "minilm" else family,  # MiniLM is a BERT, only narrow
-        **sizes,
-        "intermediate_size": 4 * width,
-        "max_position_embeddings": POSITIONS + offset,
-    }
-
-
-def _read_config(path: Path) -> Any:
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"no config.json in {str(path)!r}, so there is no model; give a folder that has one")
-    return _config_from(read_model_json(file))
-
-
-def _config_from(content: Mapping[str, Any]) -> Any:
-    """A transformers configuration of a model that layerlens can run.
-
-    Raises:
-        ConfigError: Of another kind.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_MAPPING
-
-    numbers: dict[str, Any] = _harmless(content)
-    kind = numbers.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"transformers has no model of type {kind!r} itself; layerlens never runs code that comes with a model"
-        )
-    with quiet():
-        config = CONFIG_MAPPING[kind].from_dict(numbers)
-    if config.is_encoder_decoder:
-        raise ConfigError(f"{kind} is an encoder-decoder; allowed: encoders (BERT and the like) and decoders (GPT-2)")
-    if type(config) not in MODEL_MAPPING or not all(hasattr(config, key) for key in ("vocab_size", "hidden_size")):
-        raise ConfigError(
-            f"{kind} is no Transformer of text; allowed: encoders (BERT and the like) and decoders (GPT-2)"
-        )
-    config.use_cache = False
-    return config
-
-
-def _harmless(content: Any) -> Any:
-    """A configuration without what could run or fetch code, private entries and paths, at any depth."""
-    if isinstance(content, Mapping):
-        kept = {k: v for k, v in content.items() if k not in _DROPPED and not str(k).startswith("_")}
-        return {k: _harmless(v) for k, v in kept.items() if k != "name_or_path"}
-    return [_harmless(item) for item in content] if isinstance(content, list) else content
-
-
-def _fit(config: Any, tokenizer: Any) -> None:
-    """Give a configuration the tokenizer's numbers; for random weights only."""
-    if config.model_type == "mpnet" and tokenizer.pad_token_id != 1:
-        raise ConfigError(
-            f"MPNet pads with token 1, this tokenizer with {tokenizer.pad_token_id}; `layerlens tokenizer` makes one "
-            "that fits"
-        )
-    config.vocab_size = len(tokenizer)
-    roles = {"pad": "pad", "bos": "cls", "eos": "sep", "cls": "cls", "sep": "sep"}
-    for role, own in roles.items():
-        number = getattr(tokenizer, f"{own}_token_id", None) if own != "pad" else tokenizer.pad_token_id
-        if role == "pad" or getattr(config, f"{role}_token_id", None) is not None:
-            setattr(config, f"{role}_token_id", number)
-
-
-def _dropout_keys(config: Any) -> list[str]:
-    return [
-        key
-        for key, value in config.to_dict().items()
-        if ("dropout" in key or key.endswith("pdrop"))
-        and type(value) in (int, float)
-        and not any(part in key for part in _OTHER_HEADS)
-    ]
-
-
-def _set_dropout(config: Any, rate: float | None) -> None:
-    for key in _dropout_keys(config) if rate is not None else ():
-        setattr(config, key, float(rate))  # type: ignore[arg-type]
-
-
-def _fresh(config: Any, *, mlm: bool) -> tuple[nn.Module, nn.Module | None]:
-    """A backbone with random weights, and its masked-language-model head if wanted."""
-    from transformers import AutoModel, AutoModelForMaskedLM
-
-    config = copy.deepcopy(config)
-    with quiet():
-        if mlm:
-            _check_mlm(config)
-            return _parted(AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
-        return AutoModel.from_config(config, dtype=torch.float32, **_no_pooler(config)), None
-
-
-def _pretrained(folder: Path, config: Any, *, mlm: bool) -> tuple[nn.Module, nn.Module | None]:
-    """A folder's backbone with its weights, and its masked-language-model head if wanted."""
-    from transformers import AutoModel, AutoModelForMaskedLM
-
-    if mlm:
-        _check_mlm(config)
-    kind, more = (AutoModelForMaskedLM, {}) if mlm else (AutoModel, _no_pooler(config))
-    try:
-        with quiet():
-            model, report = kind.from_pretrained(
-                str(folder),
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **more,
-            )
-    except Exception as error:  # of safetensors, pickle's restricted reader, transformers
-        raise CheckpointError(f"can't read the weights in {str(folder)!r}: {reason_of(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        prefix = f"{model.base_model_prefix}."
-        if mlm and not any(name.startswith(prefix) for name in missing):
-            raise ConfigError(
-                f"{str(folder)!r} has no weights for its masked-language-model head ({missing[0]}); "
-                "use a checkpoint that was saved with it"
-            )
-        raise CheckpointError(f"{str(folder)!r} lacks {len(missing)} weights of the model, such as {missing[0]}")
-    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if bad:
-        raise CheckpointError(f"{str(folder)!r} holds NaN or infinity in {bad[0]}")
-    return _parted(model) if mlm else (model, None)
-
-
-def _parted(model: Any) -> tuple[nn.Module, nn.Module]:
-    """A masked language model as backbone and head; what they share stays shared."""
-    backbone = model.base_model
-    if backbone is model:
-        raise ConfigError(f"{type(model).__name__} has no part that could be its backbone, so there is no mlm for it")
-    setattr(model, model.base_model_prefix, GivenStates())
-    return backbone, model
-
-
-def _check_mlm(config: Any) -> None:
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-    if _is_decoder(config) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        raise ConfigError(f"{config.model_type} has no masked-language-model head; leave mlm out, or take a BERT")
-
-
-def _is_decoder(config: Any) -> bool:
-    """Whether a token sees only what stands before it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    only_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    return bool(getattr(config, "is_decoder", False)) or only_causal
-
-
-def _no_pooler(config: Any) -> dict[str, bool]:
-    from transformers import MODEL_MAPPING
-
-    kind: Any = MODEL_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
-
-
-def _positions(backbone: nn.Module) -> int | None:
-    """Tokens for which the model has positions; None where any number goes."""
-    for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
 def _checked_length(backbone: nn.Module, tokenizer: Any, wanted: int | None) -> int:
-    most = _positions(backbone)
+    most = positions_of(backbone)
     if wanted is None:
         own = tokenizer.model_max_length
         limits = [limit for limit in (most, own if own < 10**9 else None) if limit is not None]

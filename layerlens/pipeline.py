@@ -614,7 +614,10 @@ def _evaluate_text(
 ) -> dict[str, float]:
     if layer is not None or protocol is not None:
         raise ConfigError("layer and protocol are for images; sentences are scored by the encoder's own embedding")
-    return sts_scores(network, dataset.tasks)
+    try:
+        return sts_scores(network, dataset.tasks)
+    except DegenerateError:  # collapsed: a finding, no error
+        return dict.fromkeys((*(task.name for task in dataset.tasks), "mean"), float("nan"))
 
 
 def _classifies(network: nn.Module, dataset: Dataset) -> bool:

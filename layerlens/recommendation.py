@@ -244,5 +244,5 @@ def _verdict(found: RegionSet, supported: Sequence[Region]) -> str:
     if any(region.distinct for region in found.regions):
         return "the runs that stand out do so before training as well, so training did not make them"
     if any(caution.code == "LL003" for caution in found.cautions):
-        return "there are too few images or batches to tell a region from chance"
+        return "there are too few samples or batches to tell a region from chance"
     return "no run of layers stands out from its neighbours beyond chance"

@@ -10,6 +10,7 @@ from layerlens.data import load_data
 from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.recommendation import recommend
 from layerlens.token_batches import token_batches
+from layerlens.tokenizers import quiet
 
 pytestmark = [
     pytest.mark.slow,
@@ -109,28 +110,30 @@ def test_the_score_is_that_of_sentence_transformers_own_evaluator(embeddings, st
 
 
 def test_all_seven_tasks_are_ranked_far_better_than_by_the_untrained_twin(embeddings, twin, text_folder):
-    tasks = [_first_pairs(task, 400) for task in load_data(f"sts:{text_folder}").tasks]
+    tasks = [_some_pairs(task, 100) for task in load_data(f"sts:{text_folder}").tasks]
     scores, chance = sts_scores(embeddings, tasks), sts_scores(twin, tasks)
     print("\n" + "\n".join(f"{name:8}{100 * scores[name]:6.2f}{100 * chance[name]:8.2f} untrained" for name in scores))
     assert [task.name for task in tasks] == TASKS
-    assert all(scores[name] > chance[name] + 0.1 for name in TASKS)
+    assert all(scores[name] > max(0.5, chance[name]) for name in TASKS)
+    assert scores["mean"] > chance["mean"] + 0.2
 
 
 def test_geometry_is_that_of_sentence_transformers_embeddings(embeddings, stsb, theirs):
-    close, spread, count = text_geometry(embeddings, stsb.tasks)
-    task, known = stsb.tasks[0], stsb.test
-    unit = F.normalize(theirs.encode(list(known), convert_to_tensor=True, show_progress_bar=False).double())
+    task = _some_pairs(stsb.tasks[0], 300)
+    close, spread, count = text_geometry(embeddings, [task])
+    known = list(dict.fromkeys([*task.first, *task.second]))
+    unit = F.normalize(theirs.encode(known, convert_to_tensor=True, show_progress_bar=False).double())
     where = {sentence: i for i, sentence in enumerate(known)}
     ends = [(where[a], where[b]) for a, b, s in zip(task.first, task.second, task.scores, strict=True) if s > 4]
     first, second = torch.tensor(ends).T
     squared = torch.pdist(unit).square()
-    assert count == len(known) == 2552
+    assert count == len(known)
     assert close == pytest.approx(float((unit[first] - unit[second]).square().sum(1).mean()), abs=1e-6)
     assert spread == pytest.approx(float(torch.exp(-2 * squared).mean().log()), abs=1e-6)
 
 
 def test_training_spread_the_embeddings(embeddings, twin, stsb):
-    few = [_first_pairs(stsb.tasks[0], 200)]
+    few = [_some_pairs(stsb.tasks[0], 200)]
     (close, spread, _), (near, narrow, _) = text_geometry(embeddings, few), text_geometry(twin, few)
     print(f"\nalignment {close:.3f}, uniformity {spread:.3f}; untrained {near:.3f}, {narrow:.3f}")
     assert spread < -2 < narrow
@@ -143,7 +146,7 @@ def test_the_matrix_is_one_of_similarities(trained, untrained, encoder):
         assert len(matrix.layers) == 7
         assert matrix.samples == SENTENCES
         np.testing.assert_array_equal(matrix.values.diagonal(), 1.0)
-        np.testing.assert_array_equal(matrix.values, matrix.values.T)
+        np.testing.assert_allclose(matrix.values, matrix.values.T, rtol=0, atol=1e-12)
         assert (matrix.low <= matrix.values).all()
         assert (matrix.values <= matrix.high).all()
         assert (matrix.high - matrix.low).max() < 0.15
@@ -153,7 +156,8 @@ def test_the_matrix_is_that_of_transformers_own_hidden_states(trained, batches, 
     """Oracle: mean over tokens of each hidden state, and unbiased HSIC by its formula in float64, batch by batch."""
     from transformers import AutoModel, AutoTokenizer
 
-    model, tokenizer = (kind.from_pretrained(path, local_files_only=True) for kind in (AutoModel, AutoTokenizer))
+    with quiet():
+        model, tokenizer = (kind.from_pretrained(path, local_files_only=True) for kind in (AutoModel, AutoTokenizer))
     model.eval()
     hsic = 0.0
     for rows in batches.order.tensor_split(len(batches)):
@@ -184,8 +188,11 @@ def test_the_recommendation_is_the_measured_one(trained, untrained):
     assert recommend(untrained, untrained).verdict == "no supported choice"
 
 
-def _first_pairs(task, count):
-    return type(task)(name=task.name, first=task.first[:count], second=task.second[:count], scores=task.scores[:count])
+def _some_pairs(task, count):
+    """Pairs at even distances, since neighbours are of one source."""
+    rows = range(0, len(task.scores), len(task.scores) // count)[:count]
+    sides = {key: tuple(getattr(task, key)[row] for row in rows) for key in ("first", "second", "scores")}
+    return type(task)(name=task.name, **sides)
 
 
 def _unbiased_hsic(grams):

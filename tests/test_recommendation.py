@@ -105,7 +105,7 @@ def test_what_the_architecture_alone_does_is_no_target_ll002():
 def test_too_few_batches_give_no_target_ll003():
     found = recommend(noisy(levels([3, 4, 1]), batches=3), TWIN, resamples=5)
     assert (found.verdict, found.targets) == ("no supported choice", ())
-    assert "too few images or batches" in found.reason
+    assert "too few samples or batches" in found.reason
     assert "LL003" in codes(found)
 
 

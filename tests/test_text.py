@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from layerlens import text as text_module
+from layerlens import lines as lines_module
 from layerlens.errors import ConfigError, DataError, DiskFullError, UnknownNameError
 from layerlens.specs import parse_spec
 from layerlens.text import TEXT_SOURCES, StsTask, TextDataset, load_text, report
@@ -98,7 +98,7 @@ def test_lines_left_out_are_counted_and_no_count_is_zero(tmp_path):
 
 @pytest.mark.parametrize("length", [255, 256, 257, 511, 512, 513])
 def test_a_line_too_long_is_left_out_whole(length, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "LONGEST", 256)
+    monkeypatch.setattr(lines_module, "LONGEST", 256)
     data = lines(tmp_path, b"before\n" + b"x" * length + b"\nafter\n", ",test=0")
     assert ("x" * length in data.columns[0]) == (length == 255)  # the line's end counts
     assert data.left_out == ({} if length == 255 else {"longer than 0 MiB": 1})
@@ -306,7 +306,7 @@ def test_no_room_to_unpack_is_said(tmp_path, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     full = open("/dev/full", "wb")  # noqa: SIM115  closed by what is tested
-    monkeypatch.setattr(text_module.tempfile, "TemporaryFile", lambda **_: full)
+    monkeypatch.setattr(lines_module.tempfile, "TemporaryFile", lambda **_: full)
     with pytest.raises(DiskFullError, match=r"no room in the temporary folder .*lines\.txt\.gz'; set TMPDIR"):
         load(f"text:{path}")
     assert full.closed

@@ -220,6 +220,11 @@ class RunConfig(_Strict):
         return self
 
     @property
+    def samples(self) -> str:
+        """What the objective learns from, in words."""
+        return "sentences" if self.reads_text else "images"
+
+    @property
     def part(self) -> int:
         """Images in one forward pass of one rank."""
         return self.batch_size // (self.accumulate * self.devices)
@@ -244,7 +249,7 @@ class RunConfig(_Strict):
         if self.batch_size % (self.accumulate * self.devices) or self.part < 2:
             yield (
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} × devices="
-                f"{self.devices} parts of 2 images or more; choose a multiple"
+                f"{self.devices} parts of 2 {self.samples} or more; choose a multiple"
             )
         if self.moco is not None and self.objective != "moco":
             yield f"[moco] with objective={self.objective!r}; leave it out or use objective='moco'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from layerlens.activations import features
 from layerlens.data import AnyDataset, Batches, Dataset, to_unit
-from layerlens.errors import ConfigError
+from layerlens.errors import ConfigError, DegenerateError
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.sts import sts_scores
 from layerlens.text import StsTask, TextDataset, report
@@ -94,7 +95,7 @@ class TextFeed:
 
     def batch(self, rows: Tensor, draws: torch.Generator) -> TokenBatch:
         """The tokens of some rows: twice the same sentences for SimCSE, one column after the other for pairs."""
-        read = [self.dataset.row(int(row)) for row in rows]
+        read = [self.dataset.row(row) for row in rows.tolist()]
         columns = list(zip(*read, strict=True)) if self.config.objective == "pairs" else [[row[0] for row in read]]
         tokens = self.tokenize([sentence for column in columns for sentence in column])
         if self.config.objective == "simcse":
@@ -111,8 +112,10 @@ class TextFeed:
         return tokens
 
     def score(self, network: nn.Module) -> dict[str, float | None]:
-        """Spearman correlation with the scores of the dev pairs, mean over their tasks."""
-        return {"dev": sts_scores(network, self.dev)["mean"] if self.dev else None}
+        """Spearman correlation with the scores of the dev pairs, mean over their tasks; None where all are alike."""
+        with suppress(DegenerateError):  # a collapse is a finding, and no reason to stop
+            return {"dev": sts_scores(network, self.dev)["mean"] if self.dev else None}
+        return {"dev": None}
 
 
 def describe_sentences(dataset: TextDataset, encoder: Any) -> Iterator[str]:

@@ -472,6 +472,7 @@ class _Trainer:
         done = self.epoch * self.steps + self.step
         if self.rank or self._looks(done) == self._looks(done - 1):
             return
+        self._check_loss()
         score = self.feed.score(self.network)["dev"]
         self.looked = {"look": self._looks(done), "step": done, "dev": score}
         self.dev_lines.append(self.looked)
@@ -694,7 +695,8 @@ def _memory_errors(config: RunConfig) -> Iterator[None]:
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
         raise DeviceMemoryError(
-            f"out of memory with batch_size={config.batch_size}, {config.part} images in a pass; {_smaller(config)}"
+            f"out of memory with batch_size={config.batch_size}, {config.part} {config.samples} in a pass; "
+            f"{_smaller(config)}"
         ) from error
 
 

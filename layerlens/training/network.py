@@ -119,8 +119,11 @@ def augmented_layers(config: RunConfig, network: nn.Module, example: Example) ->
         UnknownLayerError: It matches nothing.
     """
     assert config.augment is not None
-    chosen = "auto" if config.augment.layer == "all" else config.augment.layer
-    return [layer.name for layer in select(network, discover(network, _there(example, network)), chosen)]
+    return _selected(network, example, "auto" if config.augment.layer == "all" else config.augment.layer)
+
+
+def _selected(network: nn.Module, example: Example, layers: str) -> list[str]:
+    return [layer.name for layer in select(network, discover(network, _there(example, network)), layers)]
 
 
 def adalase_layers(config: RunConfig, network: nn.Module, example: Example) -> list[str]:
@@ -160,7 +163,8 @@ def frozen_modules(config: RunConfig, network: nn.Module, example: Example) -> l
     """
     if config.freeze is None:
         return []
-    layers = [config.freeze.layer] if config.freeze.layer else augmented_layers(config, network, example)
+    named = config.freeze.layer
+    layers = _selected(network, example, named) if named else augmented_layers(config, network, example)
     if len(layers) != 1:
         raise ConfigError(f"[freeze] needs one layer to part the network at; got {layers}. Set freeze.layer")
     before, after = split_at(network, _there(example, network), layers[0])

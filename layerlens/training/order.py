@@ -48,8 +48,8 @@ class Order:
             return
         if wanted > len(self.rows):
             raise ConfigError(
-                f"train_samples={wanted} but only {len(self.rows)} training images beside the {len(self.held_out)} "
-                "held out; ask for fewer, or for a smaller holdout"
+                f"train_samples={wanted} but only {len(self.rows)} training {self.config.samples} beside the "
+                f"{len(self.held_out)} held out; ask for fewer, or for a smaller holdout"
             )
         self.rows = self.rows[:wanted]
 
@@ -64,7 +64,8 @@ class Order:
         rows, _ = min(self.groups, key=lambda group: len(group[0]) / group[1])
         what = "training" if len(self.groups) == 1 else "labelled or unlabelled training"
         raise ConfigError(
-            f"batch_size={self.config.batch_size} but only {len(rows)} {what} images; use a smaller batch"
+            f"batch_size={self.config.batch_size} but only {len(rows)} {what} {self.config.samples}; use a smaller "
+            "batch"
         )
 
     def epoch(self, number: int) -> Tensor:
