@@ -16,7 +16,7 @@ from layerlens.devices import device_of
 from layerlens.errors import DataError, EmptyLoaderError, ShapeError, UnknownLayerError
 from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover, main_tensor, run_batch, select
 from layerlens.models import head_name
-from layerlens.reduction import Reduction
+from layerlens.reduction import Reduction, masked_mean
 from layerlens.untouched import untouched
 
 OUTPUT = "output"
@@ -349,15 +349,21 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
             into the head (see `models.head_name`), or the model's output where it has no head.
 
     Returns:
-        Shape (n, d), float32, in the loader's order. Feature maps (n, c, h, w) are averaged over positions.
+        Shape (n, d), float32, in the loader's order. Feature maps (n, c, h, w) are averaged over positions, and
+        tokens (n, t, d) over those that the batch's `attention_mask` keeps.
 
     Raises:
         UnknownLayerError: No such layer.
     """
     rows: list[Tensor] = []
+    masks: list[Tensor | None] = []
 
     def keep(_position: int, activation: Tensor) -> None:
-        pooled = activation.mean((2, 3)) if activation.ndim == 4 else activation.flatten(1)
+        mask = masks[-1]
+        if mask is not None and activation.ndim == 3 and activation.shape[:2] == mask.shape:
+            pooled = masked_mean(activation, mask)
+        else:
+            pooled = activation.mean((2, 3)) if activation.ndim == 4 else activation.flatten(1)
         rows.append(pooled.detach().float().cpu().clone())
 
     device = device_of(model)
@@ -367,6 +373,7 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
         model.eval()
         for number, raw in enumerate(loader):
             batch = to_device(raw, device)
+            masks[:] = [batch.get("attention_mask") if isinstance(batch, Mapping) else None]
             if number == 0:
                 _keep_layer(stack, model, _first_two(batch), layer, keep)
             before = len(rows)

@@ -76,6 +76,8 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 
     network: Any
     if reads_sentences(model):
+        if input_shape:
+            raise click.UsageError(f"--input-shape is for images; {model!r} reads sentences")
         network = build_model(model)
         found = discover(network, network.example())
     else:
@@ -256,8 +258,9 @@ def analyze(
     click.echo()
     show(ranks, False, ["layer", "effective_rank", "low", "high"])
     g = found.geometry
+    close = f"{g.alignment:.4f}" if g.alignment == g.alignment else "unknown (no scored pairs)"
     where = f"({g.samples} samples, {g.split} split)"
-    click.echo(f"\nalignment {g.alignment:.4f}   uniformity {g.uniformity:.4f}   {where}")
+    click.echo(f"\nalignment {close}   uniformity {g.uniformity:.4f}   {where}")
     click.echo(f"intervals, figures and JSON: {folder}")
 
 
@@ -423,7 +426,7 @@ def recommend(
 @click.option("--run", type=click.Path(), help="Score every kept checkpoint of this run instead.")
 @click.option("--data", help="As for train; with --run another data set shows the transfer to it.")
 @click.option("--layer", help="Layer whose features are scored; the embedding (input of the head) by default.")
-@click.option("-k", default=200, show_default=True, help="Neighbours.")
+@click.option("-k", type=int, help="Neighbours; 200 by default.")
 @click.option("--protocol", help="Also a linear probe by SGD: deep-augmentation or moco.")
 @click.option("--finetune", type=int, metavar="EPOCHS", help="Also train the whole network with a classifier.")
 @click.option("--out", type=click.Path(), help="Folder for what --run and --finetune keep; beside the run by default.")
@@ -436,7 +439,7 @@ def evaluate(
     run: str | None,
     data: str | None,
     layer: str | None,
-    k: int,
+    k: int | None,
     protocol: str | None,
     finetune: int | None,
     out: str | None,
@@ -444,28 +447,38 @@ def evaluate(
     download: bool,
     as_json: bool,
 ) -> None:
-    """Score frozen features: k-NN and linear probe.
+    """Score frozen features: k-NN and linear probe; on sts:PATH Spearman's correlation per task.
 
     Offline test accuracy with the full training split as the bank; the weights stay as they are.
     """
     from layerlens.devices import pick_device
+    from layerlens.models import reads_sentences
     from layerlens.pipeline import embedding_name
     from layerlens.pipeline import evaluate as score
+    from layerlens.text import TextDataset
     from layerlens.training.network import load_network
     from layerlens.trajectory import finetune as tune
 
     if run is not None:
         if checkpoint or layer or finetune:
             raise click.UsageError("--run goes with neither --checkpoint nor --layer nor --finetune")
-        _evaluate_run(run, data, model, k, protocol, out, device, download, as_json)
+        _evaluate_run(run, data, model, 200 if k is None else k, protocol, out, device, download, as_json)
         return
-    if not checkpoint or not data:
-        raise click.UsageError("give --checkpoint and --data, or --run")
+    if not data or not (checkpoint or (model and reads_sentences(model))):
+        raise click.UsageError("give --checkpoint and --data, or --run; for sentences --model hf:PATH will do")
     where, dataset = pick_device(device), _data(data, download)
     network, _ = load_network(checkpoint, model=model, dataset=dataset)
     name = layer or embedding_name(network, dataset)
+    if isinstance(dataset, TextDataset):
+        if k is not None or finetune is not None:
+            raise click.UsageError("-k and --finetune are for images; sentences are scored by their cosines")
+        _say_cut(network, dataset.split("test"))
+        scores = score(network.to(where), dataset, layer=layer, protocol=protocol, watch=_watch)
+        show([{"layer": name, **scores}], as_json)
+        return
+    k = 200 if k is None else k
     scores = score(network.to(where), dataset, layer=layer, k=k, protocol=protocol, watch=_watch)
-    if finetune is not None:
+    if finetune is not None and checkpoint is not None:
         folder = Path(out) if out else _beside(checkpoint, model).parent.parent / "finetune" / Path(checkpoint).stem
         scores["finetuned"] = tune(checkpoint, dataset, folder, model=model, epochs=finetune, device=device)
     show([{"layer": name, "k": k, **scores}], as_json)
@@ -480,9 +493,11 @@ def evaluate(
 def tokenizer(data: str, vocabulary: int, cased: bool, out: str, as_json: bool) -> None:
     """Learn a WordPiece vocabulary from sentences, for models without weights."""
     from layerlens.encoders import train_tokenizer
-    from layerlens.training.loop import load_text
+    from layerlens.text import TextDataset
 
-    dataset = load_text(data)
+    dataset = _data(data)
+    if not isinstance(dataset, TextDataset):
+        raise click.UsageError(f"{data!r} holds no sentences; allowed: text:PATH, pairs:PATH, sts:PATH")
     sentences = (sentence for column in dataset.columns for sentence in column)
     train_tokenizer(sentences, out, vocabulary=vocabulary, lowercase=not cased)
     show([{"folder": out, "sentences": len(dataset) * len(dataset.columns)}], as_json)
@@ -629,14 +644,22 @@ def _analysis(
     if not model and not checkpoint:
         raise click.UsageError("give --checkpoint, --model, or both")
     settings, where = Settings(**look), pick_device(device)
-    return analyze_checkpoint(
+    found = analyze_checkpoint(
         checkpoint, _data(data, download), model=model, settings=settings, twin=twin, device=where,
         folder=folder, watch=_watch,
     )  # fmt: skip
+    if cut := found[0].facts.get("sentences_cut"):
+        _say(f"{cut:,} of the sentences have more tokens than the encoder reads and are cut there")
+    return found
 
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def _say_cut(encoder: Any, sentences: Iterable[str]) -> None:
+    if cut := encoder.too_long(sentences):
+        _say(f"{cut:,} sentences have more than {encoder.max_length} tokens and are cut there")
 
 
 def _data(spec: str, download: bool = False) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ from layerlens.untouched import observed, untouched
 POOLINGS = ("cls", "cls-before-head", "mean", "first-last-mean")
 KINDS = ("hf", "hf-config")
 _SETTINGS = ("pooling", "max_length", "dropout", "head")
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 _EXAMPLE = ("a bird", "a dreary name, said the lord of the house")
 
 
@@ -130,6 +133,8 @@ class SentenceEncoder(nn.Module):
                 f"pooling={pooling!r}, but in {self.config.model_type}, a decoder, the first token sees only itself; "
                 "allowed: mean, first-last-mean"
             )
+        if mlm_head is not None and tokenizer.mask_token_id is None:
+            raise ConfigError("the tokenizer has no mask token, which masked language modelling needs; leave mlm out")
         self.pooling, self.width = pooling, int(self.config.hidden_size)
         self.max_length = _checked_length(backbone, tokenizer, max_length)
         types = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in _arguments(backbone)
@@ -396,6 +401,57 @@ def build_encoder(
         raise
     except Exception as error:  # whatever transformers makes of a configuration
         raise ConfigError(f"{spec!r} can't be built: {reason_of(error)}") from error
+
+
+def usual_settings(spec: str) -> dict[str, Any]:
+    """Pooling and maximum length that a specification, or its folder, names itself; None where it names none.
+
+    Raises:
+        DownloadError, CheckpointError, ConfigError: As `build_encoder`.
+    """
+    parsed = parse_spec(spec)
+    own: dict[str, Any] = {"pooling": None, "max_length": None}
+    if parsed.kind == "hf":
+        found = read_folder(local_folder(parsed.argument), head=False)
+        own = {"pooling": found.pooling, "max_length": found.max_length}
+    return {name: parsed.options.get(name, value) for name, value in own.items()}
+
+
+def fingerprint_of(spec: str) -> str:
+    """SHA-256 over the contents of the files behind an encoder's specification, and over its options.
+
+    Where the files lie does not count, nor do files that are neither configuration, weights nor tokenizer.
+
+    Raises:
+        DownloadError: No such folder.
+    """
+    parsed = parse_spec(spec)
+    options = {name: value for name, value in parsed.options.items() if name != "tokenizer"}
+    places = [Path(str(parsed.options["tokenizer"]))] if "tokenizer" in parsed.options else []
+    if parsed.kind == "hf":
+        places.append(local_folder(parsed.argument))
+    elif Path(parsed.argument).exists():
+        places.append(Path(parsed.argument))
+    else:
+        options["family"] = parsed.argument
+    digest = hashlib.sha256(json.dumps([parsed.kind, options], sort_keys=True).encode())
+    for place in places:
+        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if file.is_file() and file.suffix in _MODEL_FILES:
+                found = file.stat()
+                name = str(file.relative_to(place)) if place.is_dir() else file.name
+                digest.update(f"{name} {_digest(str(file), found.st_size, found.st_mtime_ns)}".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1000)
+def _digest(path: str, _size: int, _mtime_ns: int) -> str:
+    """SHA-256 of a file, read again only if it has changed."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def same_tokens(encoder: SentenceEncoder, other: SentenceEncoder) -> bool:

@@ -45,7 +45,7 @@ from layerlens.recommendation import Recommendation, recommend
 from layerlens.reduction import make_reduction
 from layerlens.specs import parse_spec
 from layerlens.text import TextDataset
-from layerlens.token_batches import token_batches
+from layerlens.token_batches import TokenBatches, token_batches
 from layerlens.training.checkpoint import fingerprint
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, train
@@ -194,12 +194,15 @@ def analyze(
         memory_mib=chosen.memory_mib, level=chosen.level, seed=chosen.seed,
     )  # fmt: skip
     assert isinstance(matrix, SimilarityMatrix)
+    known = {**(facts or {})}
+    if isinstance(batches, TokenBatches):
+        known["sentences_cut"] = batches.encoder.too_long(batches.chosen())
     rank = measure_layers(
         network, see(batches, f"rank {label}"), chosen.layers, reduce=chosen.reduce, level=chosen.level
     )
     return Analysis(
         label=label, cka=matrix, effective_rank=rank, geometry=measure_geometry(network, dataset, chosen),
-        facts={**(facts or {}), "settings": vars(chosen), "environment": provenance(device_of(network))},
+        facts={**known, "settings": vars(chosen), "environment": provenance(device_of(network))},
     )  # fmt: skip
 
 
@@ -572,6 +575,9 @@ def batches_of(dataset: AnyDataset, settings: Settings, *networks: nn.Module) ->
     encoders = [network for network in networks if isinstance(network, SentenceEncoder)]
     if len(encoders) < len(networks):
         raise ConfigError(f"{dataset.name} holds sentences, which only models hf:PATH and their checkpoints read")
+    if any(other.max_length != encoders[0].max_length for other in encoders):
+        lengths = " and ".join(str(encoder.max_length) for encoder in encoders)
+        raise ConfigError(f"the two models read max_length {lengths} tokens; add ,max_length= to make them agree")
     if any(not same_tokens(encoders[0], other) for other in encoders[1:]):
         raise ConfigError("the two models cut sentences into different tokens, so no batch fits both")
     return token_batches(encoders[0], dataset, settings.split, **chosen)
@@ -614,6 +620,8 @@ def _evaluate_text(
 ) -> dict[str, float]:
     if layer is not None or protocol is not None:
         raise ConfigError("layer and protocol are for images; sentences are scored by the encoder's own embedding")
+    if few := [task.name for task in dataset.tasks if len(task.scores) < 2]:
+        raise ConfigError(f"{few[0]} of {dataset.name} is a single pair, which can't be ranked; give two or more")
     try:
         return sts_scores(network, dataset.tasks)
     except DegenerateError:  # collapsed: a finding, no error

@@ -102,34 +102,27 @@ def write_folder(encoder: SentenceEncoder, folder: str | Path) -> None:
     """Write a folder that `SentenceTransformer(folder)` loads and whose embeddings are those of `encoder.embed`.
 
     It is made under a hidden name beside the folder and renamed when complete, so whatever happens, no half folder
-    bears that name. An earlier model of sentence-transformers there is replaced; anything else is not.
+    bears that name.
 
     Raises:
-        RunFolderError: Something else lies there, or it can't be written.
-        DiskFullError: No space left; what was there before is kept.
+        RunFolderError: Something lies there, or it can't be written.
+        DiskFullError: No space left.
     """
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder / "modules.json").is_file() and not _is_empty(folder):
-        raise RunFolderError(f"{str(folder)!r} holds something else than a SentenceTransformer; give a new folder")
+    if folder.exists() and not _is_empty(folder):
+        raise RunFolderError(f"{str(folder)!r} exists; give a new or empty folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-            new, old = Path(made) / "new", Path(made) / "old"
+            new = Path(made) / "new"
             new.mkdir()
             _fill(encoder, new)
-            if folder.exists():
-                os.rename(folder, old)
-            try:
-                os.rename(new, folder)
-            except OSError:
-                if old.exists():
-                    os.rename(old, folder)
-                raise
+            os.rename(new, folder)  # also over an empty one
     except (OSError, _safetensor_error()) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = getattr(error, "strerror", None) or error
         kind = DiskFullError if full else RunFolderError
-        raise kind(f"can't write {str(folder)!r}: {reason}; what was there before is kept") from error
+        raise kind(f"can't write {str(folder)!r}: {reason}") from error
 
 
 def _fill(encoder: SentenceEncoder, folder: Path) -> None:

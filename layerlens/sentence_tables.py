@@ -110,6 +110,8 @@ def read_sts(spec: Spec) -> TextDataset:
                 both = f"{sources[task.name]!r} and {file.name!r}"
                 raise DataError(f"{both} in {spec.argument!r} both hold {task.name}; name one file, or remove one")
             tasks[task.name], sources[task.name] = task, file.name
+    if flat := [task.name for task in tasks.values() if len(task.scores) > 1 and len(set(task.scores)) == 1]:
+        raise DataError(f"{spec.argument!r}: all pairs of {flat[0]} have the same score, so nothing can be ranked")
     ordered = tuple(sorted(tasks.values(), key=_task_order))
     sentences = tuple(dict.fromkeys(s for task in ordered for side in (task.first, task.second) for s in side))
     left = dict(left_out)
@@ -174,6 +176,11 @@ def _year(path: Path, line: int, text: str) -> str:
     if not re.fullmatch(r"20\d\d", text.strip()):
         raise DataError(f"{str(path)!r}, line {line}: year {text!r}; allowed: four digits, such as 2012")
     return f"STS{text.strip()[2:]}"
+
+
+def has_splits(path: Path) -> bool:
+    """Whether a csv file says of each row to which split it belongs."""
+    return path.is_file() and "split" in _header(path, "sts")
 
 
 def read_pairs(spec: Spec) -> TextDataset:

@@ -199,6 +199,8 @@ def quantity(metric: str, data: str = "") -> str:
     name = _SCORES.get(metric, metric.replace("_", ", "))
     if metric.startswith(("STS", "SICK")):
         name = f"{metric}, Spearman correlation"
+    elif metric == "mean":
+        name = "STS, Spearman correlation"
     gap = "\n" if len(name) + len(data) > 38 else " "  # longer than a figure is high
     name = f"{name},{gap}on {data}" if data else name
     return f"{name} (lower is better)" if lower_is_better(metric) else name

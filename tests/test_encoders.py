@@ -33,9 +33,9 @@ from layerlens.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DiskFullError,
     DownloadError,
     ExtraMissingError,
-    LayerlensError,
     RunFolderError,
     UnknownNameError,
 )
@@ -569,31 +569,25 @@ def test_an_interrupted_save_leaves_no_half_folder(build, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     build(seed=1).save_sentence_transformer(target)
-    rename = os.rename
 
-    def full(source, goal):
-        if Path(source).name == "new":
-            raise OSError(28, "No space left on device")
-        rename(source, goal)
+    def full(_source, _goal):
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sentence_folders.os, "rename", full)
-    with pytest.raises(LayerlensError, match="No space left on device; what was there before is kept"):
-        build(seed=2).save_sentence_transformer(target)
+    with pytest.raises(DiskFullError, match="No space left on device"):
+        build(seed=2).save_sentence_transformer(tmp_path / "other")
     monkeypatch.undo()
     assert torch.equal(build_encoder(f"hf:{target}").embed(SENTENCES), build(seed=1).embed(SENTENCES))
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_saving_replaces_an_earlier_model_and_nothing_else(build, tmp_path):
+def test_saving_takes_a_new_or_an_empty_folder_and_replaces_nothing(build, tmp_path):
     target = tmp_path / "m"
     target.mkdir()
-    build(seed=1).save_sentence_transformer(target)  # empty before
-    build(seed=2).save_sentence_transformer(target)
-    assert torch.equal(build_encoder(f"hf:{target}").embed(SENTENCES), build(seed=2).embed(SENTENCES))
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="holds something else than a SentenceTransformer; give a new folder"):
-        build().save_sentence_transformer(tmp_path / "notes")
+    build(seed=1).save_sentence_transformer(target)
+    with pytest.raises(RunFolderError, match="exists; give a new or empty folder"):
+        build(seed=2).save_sentence_transformer(target)
+    assert torch.equal(build_encoder(f"hf:{target}").embed(SENTENCES), build(seed=1).embed(SENTENCES))
 
 
 # ---- names, caches, and what never happens

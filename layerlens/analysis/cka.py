@@ -324,6 +324,22 @@ class StreamingCKA:
         )  # fmt: skip
 
     def _end_of_positions(self) -> tuple[HSIC, Tensor]:
+        """By the smaller of the two kinds of matrices: all rows against each other, or all features."""
+        n, features = len(self._rows[0]), sum(x.shape[1] for x in self._rows.values())
+        return self._by_grams() if len(self._rows) * n**2 <= features**2 else self._by_features()
+
+    def _by_grams(self) -> tuple[HSIC, Tensor]:
+        stack, offsets = [], []
+        for _, x in sorted(self._rows.items()):
+            gram, offset = column_gram(x)
+            stack.append(gram.double())
+            offsets.append(offset)
+        self._rows = {}
+        grams = torch.stack(stack)
+        spectrum = _linear_spectrum(grams, torch.stack(offsets))
+        return hsic_from_grams(u_centre_(grams), counts=self.counts, errors=self.errors, each=self.keep_each), spectrum
+
+    def _by_features(self) -> tuple[HSIC, Tensor]:
         rows, spectrum = [], []
         for _, x in sorted(self._rows.items()):
             mean = x.mean(0)

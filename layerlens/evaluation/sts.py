@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerlens.analysis.geometry import alignment, uniformity
-from layerlens.errors import ConfigError, DegenerateError
+from layerlens.errors import ConfigError, DegenerateError, NonFiniteError
 from layerlens.text import StsTask
 
 ALIKE = 4.0  # score above which a pair is a positive one
+SAME = 1e-6  # cosines of float32 embeddings that differ by less are equal
 
 
 def sts_scores(encoder: Any, tasks: Sequence[StsTask]) -> dict[str, float]:
@@ -28,7 +29,8 @@ def sts_scores(encoder: Any, tasks: Sequence[StsTask]) -> dict[str, float]:
 
     Raises:
         ConfigError: No task.
-        DegenerateError: All cosines of a task are equal, so that nothing is ranked.
+        DegenerateError: All cosines, or all scores, of a task are equal, so that nothing is ranked.
+        NonFiniteError: NaN or infinity in an embedding.
 
     Source:
         Gao, Yao, Chen 2021, arXiv:2104.08821, appendix B: one correlation over a year's subsets ("all")
@@ -54,22 +56,26 @@ def text_geometry(encoder: Any, tasks: Sequence[StsTask], sentences: Sequence[st
     Source:
         Wang & Isola 2020, arXiv:2005.10242, on text as in Gao et al. 2021, arXiv:2104.08821, figure 3
     """
-    known = list(dict.fromkeys(s for task in tasks for s in (*task.first, *task.second))) or list(sentences)
-    where = dict(zip(known, encoder.embed(known), strict=True))
+    where = _embedded(encoder, tasks, sentences)
+    known = list(where.values())
     pairs = [(a, b) for t in tasks for a, b, score in zip(t.first, t.second, t.scores, strict=True) if score > ALIKE]
     try:
-        spread = uniformity(torch.stack([where[s] for s in known]))
-        close = (
-            alignment(*(torch.stack([where[s] for s in side]) for side in zip(*pairs, strict=True))) if pairs else None
-        )
+        spread = uniformity(torch.stack(known))
+        if not pairs:
+            return float("nan"), spread, len(known)
+        first, second = (torch.stack([where[s] for s in side]) for side in zip(*pairs, strict=True))
+        return alignment(first, second), spread, len(known)
     except DegenerateError:
         return float("nan"), float("nan"), len(known)
-    return float("nan") if close is None else close, spread, len(known)
 
 
-def _embedded(encoder: Any, tasks: Sequence[StsTask]) -> dict[str, Tensor]:
-    sentences = list(dict.fromkeys(s for task in tasks for s in (*task.first, *task.second)))
-    return dict(zip(sentences, encoder.embed(sentences), strict=True))
+def _embedded(encoder: Any, tasks: Sequence[StsTask], others: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The embedding of each distinct sentence of the tasks; of the others if there are no tasks."""
+    sentences = list(dict.fromkeys(s for task in tasks for s in (*task.first, *task.second))) or list(others)
+    found = encoder.embed(sentences)
+    if not bool(torch.as_tensor(found).isfinite().all()):
+        raise NonFiniteError("NaN or infinity in the embeddings of sentences; check the weights of the encoder")
+    return dict(zip(sentences, found, strict=True))
 
 
 def _spearman(task: StsTask, where: dict[str, Tensor]) -> float:
@@ -77,6 +83,8 @@ def _spearman(task: StsTask, where: dict[str, Tensor]) -> float:
 
     first, second = (torch.stack([where[s] for s in side]).double() for side in (task.first, task.second))
     cosines = F.cosine_similarity(first, second)
-    if len(cosines) < 2 or bool((cosines == cosines[0]).all()):
+    if len(cosines) < 2 or float(cosines.max() - cosines.min()) < SAME:
         raise DegenerateError(f"{task.name}: all {len(cosines)} pairs have the same cosine, so nothing is ranked")
+    if len(set(task.scores)) < 2:
+        raise DegenerateError(f"{task.name}: all {len(cosines)} pairs have the same score, so nothing is ranked")
     return float(spearmanr(cosines.numpy(), task.scores).statistic)

@@ -180,7 +180,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _cut(dataset: AnyDataset, count: int) -> AnyDataset:
-    """Some samples of both splits, in the proportion of the whole; at random, as data may be sorted by class."""
+    """Some samples of both splits, in the proportion of the whole; at random, as data may be sorted by class.
+
+    Of sentences the first ones.
+    """
     if count >= len(dataset):
         return dataset
     if isinstance(dataset, TextDataset):

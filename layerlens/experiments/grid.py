@@ -262,7 +262,7 @@ class _Planner:
         trial = overlay(base, {axis.partition(".")[0]: {}})
         config = make_config({k: v for k, v in trial.items() if k not in ("augment", "freeze")})
         kinds = str(config.adalase.kinds) if config.adalase is not None and axis == "adalase.layers" else ""
-        sought = (config.model, config.data, config.objective, kinds)
+        sought = (config.model, config.data, config.objective, f"{kinds} {config.text}")
         if sought not in self.layers:
             dataset = self._dataset(config.data)
             network = build_network(config, dataset)

@@ -31,7 +31,7 @@ _TEXT = {
     "learning_rate": 3e-5,
     "channels_last": False,
 }  # fmt: skip - the protocol of SimCSE, arXiv:2104.08821
-LATER = {"schedule": "cosine", "clip": None, "text": None}  # settings that came later: these values changed nothing
+LATER = {"schedule": "cosine", "clip": None, "text": None, "epoch_samples": None}  # came later; so, nothing changed
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -117,14 +117,17 @@ class MoCoConfig(_Strict):
 class TextConfig(_Strict):
     """Sentences and their encoder; the meaning of pooling and head is that of `SentenceEncoder`."""
 
-    pooling: Literal["cls", "cls-before-head", "mean", "first-last-mean"] = "cls-before-head"
-    max_length: int = Field(32, ge=4, description="tokens of a sentence that are read")
+    pooling: Literal["cls", "cls-before-head", "mean", "first-last-mean"] | None = Field(
+        None, description="the model's own if left out, else cls-before-head"
+    )
+    max_length: int | None = Field(None, ge=4, description="tokens read of a sentence; the model's own, else 32")
     model_dropout: float | None = Field(None, ge=0, lt=1, description="every dropout of the model; its own if left out")
     mlm_weight: float = Field(0.0, ge=0, description="factor on the masked-LM loss beside simcse; 0.1 in SimCSE")
     mlm_share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that the masked-LM loss asks for")
     dev: str | None = Field(None, description="sts:PATH whose Spearman correlation is logged; the best is kept")
     dev_every: int | None = Field(None, ge=1, description="steps between two looks at dev; each epoch if left out")
     dev_sha256: str | None = Field(None, description="fingerprint of dev; filled in by `train`")
+    model_sha256: str | None = Field(None, description="fingerprint of the model's files; filled in by `train`")
 
 
 class ViewsConfig(_Strict):
@@ -165,7 +168,7 @@ class RunConfig(_Strict):
     accumulate: int = Field(1, ge=1, description="parts of a batch whose gradients are added before the step")
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
-    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unbounded if left out")
+    clip: float | None = Field(None, ge=0, description="largest norm of the gradient; 0 for no bound")
     learning_rate: float | None = Field(None, gt=0, description="per step, at its peak")
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
@@ -177,6 +180,7 @@ class RunConfig(_Strict):
     projection: int = Field(128, ge=2, description="outputs of the projection head")
     labels: Probability | None = Field(None, description="share of training images whose labels supcon and moco see")
     train_samples: int | None = Field(None, ge=4, description="images trained on; all by default")
+    epoch_samples: int | None = Field(None, ge=4, description="samples of an epoch; the whole split if left out")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the training split kept for the online k-NN")
     knn_every: int = Field(1, ge=1, description="epochs between two online k-NN scores")
     keep_every: int = Field(10, ge=1, description="epochs between two kept checkpoints; first and last are kept too")
@@ -328,9 +332,11 @@ class RunConfig(_Strict):
     def identity(self) -> str:
         """Sixteen hexadecimal digits that name the run.
 
-        The hash of all settings but the places of the data and of `init`: their contents count instead.
+        The hash of all settings but the places of the data, of `init` and of an encoder: their contents count instead.
         """
         settings = self.model_dump(mode="json", exclude={"init": True, "data": True, "text": {"dev"}})
+        if self.text is not None and self.text.model_sha256 is not None:  # says more than a path
+            del settings["model"]
         for name, value in LATER.items():
             if settings[name] == value:
                 del settings[name]

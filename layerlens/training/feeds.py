@@ -35,7 +35,7 @@ class ImageFeed:
     unscored: ClassVar[dict[str, float | None]] = {"knn": None}
 
     def __init__(self, config: RunConfig, dataset: Dataset, order: Order, device: torch.device) -> None:
-        self.config, self.dataset, self.order = config, dataset, order
+        self.config, self.dataset, self.order, self.rows_on = config, dataset, order, device
         self.images = dataset.x_train.to(device)
         self.mean = torch.tensor(dataset.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(-1, 1, 1)
@@ -92,6 +92,7 @@ class TextFeed:
         device: torch.device,
     ) -> None:
         self.config, self.dataset, self.tokenize, self.dev, self.device = config, dataset, tokenize, dev, device
+        self.rows_on = torch.device("cpu")  # they are read there
 
     def batch(self, rows: Tensor, draws: torch.Generator) -> TokenBatch:
         """The tokens of some rows: twice the same sentences for SimCSE, one column after the other for pairs."""
@@ -126,11 +127,10 @@ def describe_sentences(dataset: TextDataset, encoder: Any) -> Iterator[str]:
         encoder: Whose tokens.
     """
     yield report(dataset)
-    sentences = dataset.split("train")
-    step = -(-len(sentences) // COUNTED)
-    counted = [sentences[row] for row in range(0, len(sentences), step)]
-    if cut := encoder.too_long(counted):
-        whole = "" if step == 1 else f" ({len(counted):,} of {len(sentences):,} counted)"
+    step = -(-len(dataset) // COUNTED)
+    rows = range(0, len(dataset), step)
+    if cut := sum(encoder.too_long(column[row] for row in rows) for column in dataset.columns):
+        whole = "" if step == 1 else f" ({len(rows):,} of {len(dataset):,} rows counted)"
         yield f"{cut:,} sentences{whole} have more than {encoder.max_length} tokens and are cut there"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from layerlens.augment.dropout import TwoPassDropout
 from layerlens.augment.views import Views, moco_views, usual_views, weak_views
 from layerlens.data import AnyDataset, Dataset, load_data
 from layerlens.devices import pick_device
+from layerlens.encoders import fingerprint_of
 from layerlens.errors import ConfigError, DamagedStateError, DeviceMemoryError, NonFiniteError, RunFolderError
 from layerlens.files import write_atomically, write_json
 from layerlens.layers import run_batch
 from layerlens.models import Example
 from layerlens.provenance import provenance
+from layerlens.sentence_tables import has_splits
+from layerlens.specs import parse_spec
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import fingerprint, save_checkpoint
 from layerlens.training.config import RunConfig, ViewsConfig
@@ -35,9 +39,9 @@ from layerlens.training.network import (
     Start,
     adalase_layers,
     augmented_layers,
-    build_network,
     build_start,
     frozen_modules,
+    with_own_settings,
 )
 from layerlens.training.order import Order, generator, seed_of
 from layerlens.training.ranks import gather_rows, mean_over_ranks
@@ -107,17 +111,17 @@ def train(
     if (folder / "result.json").exists():
         claim_folder(folder, config)
         return _finished(folder)
-    if say is not None and isinstance(dataset, TextDataset):
-        for line in describe_sentences(dataset, build_network(config, dataset)):
-            say(line)
+    given = (config, dataset, folder, device, progress, tensorboard, say)
     if launched():
-        return _train_among_ranks(config, folder, _Trainer(config, dataset, folder, device, progress, tensorboard))
+        return _train_among_ranks(config, folder, _Trainer(*given))
     if config.devices == 1:
         with _memory_errors(config):
-            trainer = _Trainer(config, dataset, folder, device, progress, tensorboard)  # refuses before it writes
+            trainer = _Trainer(*given)  # refuses before it writes
     else:
         _check_device(config, device)
-        check_run(config, dataset)
+        network = check_run(config, dataset)
+        if say is not None:
+            _describe(dataset, network, say)
     claim_folder(folder, config)
     with locked(folder):
         claim_folder(folder, config)  # another process may have claimed it at the same moment
@@ -130,8 +134,11 @@ def train(
         return read_result(folder)
 
 
-def check_run(config: RunConfig, dataset: AnyDataset) -> None:
+def check_run(config: RunConfig, dataset: AnyDataset) -> nn.Module:
     """See that a run can begin, on whatever device: its data, its network, its layers, what hangs on them.
+
+    Returns:
+        The network as it is before the first step.
 
     Raises:
         LayerlensError: What `train` would raise before its first step.
@@ -143,6 +150,12 @@ def check_run(config: RunConfig, dataset: AnyDataset) -> None:
     start = build_start(config, dataset)
     _freeze(start.network, frozen_modules(config, start.network, start.example))
     build_operators(config, start.network, start.example)
+    return start.network
+
+
+def _describe(dataset: AnyDataset, network: nn.Module, say: Callable[[str], None]) -> None:
+    for line in describe_sentences(dataset, network) if isinstance(dataset, TextDataset) else ():
+        say(line)
 
 
 def _train_among_ranks(config: RunConfig, folder: Path, trainer: _Trainer) -> RunResult:
@@ -174,8 +187,13 @@ def resolve(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     """The configuration with everything filled in that depends on the data or on files."""
     check_data(config, dataset)
     settings: dict[str, Any] = {"data_sha256": dataset.fingerprint()}
-    if config.text is not None and config.text.dev is not None:
-        settings["text"] = config.text.model_copy(update={"dev_sha256": load_text(config.text.dev).fingerprint()})
+    if config.text is not None:
+        text = with_own_settings(config).text
+        assert text is not None
+        found: dict[str, Any] = {"model_sha256": fingerprint_of(config.model)}
+        if text.dev is not None:
+            found["dev_sha256"] = load_dev(text.dev).fingerprint()
+        settings["text"] = text.model_copy(update=found)
     if config.views is None and isinstance(dataset, Dataset):
         usual = {"moco": moco_views, "supervised": weak_views}.get(config.objective, usual_views)
         settings["views"] = ViewsConfig(**asdict(usual(flip=dataset.flip)))
@@ -186,15 +204,18 @@ def resolve(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     return config.model_copy(update=settings)
 
 
-def load_text(spec: str) -> TextDataset:
-    """Sentences by their specification.
+def load_dev(spec: str) -> TextDataset:
+    """Scored pairs to choose by; of a file with several splits those of `dev`, unless it says which.
 
     Raises:
         ConfigError: Other data.
     """
+    parsed = parse_spec(spec)
+    if parsed.kind == "sts" and "split" not in parsed.options and has_splits(Path(parsed.argument)):
+        spec = f"{spec},split=dev"
     found = load_data(spec)
-    if not isinstance(found, TextDataset):
-        raise ConfigError(f"{spec!r} holds no sentences; allowed: sts:PATH")
+    if not isinstance(found, TextDataset) or not found.tasks:
+        raise ConfigError(f"text.dev={spec!r} holds no scored pairs of sentences; allowed: sts:PATH")
     return found
 
 
@@ -216,6 +237,7 @@ class _Trainer:
         device: str,
         progress: Callable[[Progress], None] | None,
         tensorboard: bool = False,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.folder, self.progress = config, folder, progress
         check_data(config, dataset)
@@ -227,6 +249,8 @@ class _Trainer:
         self.device, self.rank = self.fabric.device, self.fabric.global_rank
         self.tensorboard = tensorboard and self.rank == 0
         self.feed = _feed(config, dataset, self.order, start, self.device)
+        if say is not None and self.rank == 0:
+            _describe(dataset, start.network, say)
         self._build(start)
         self.epoch, self.step, self.wall_s = 0, 0, 0.0
         self.loss_sums = [0.0] * config.devices  # of this epoch's steps, per rank
@@ -285,7 +309,7 @@ class _Trainer:
         return self._finish()
 
     def _run_epoch(self) -> None:
-        order = self.order.epoch(self.epoch)[:, self.rank].to(self.device)  # (steps, accumulate, part)
+        order = self.order.epoch(self.epoch)[:, self.rank].to(self.feed.rows_on)  # (steps, accumulate, part)
         self._set_modes()
         self.validation_rows = self._validation_rows() if self.adalase is not None else None
         total = torch.tensor(self.loss_sums[self.rank], dtype=torch.float64, device=self.device)
@@ -342,7 +366,7 @@ class _Trainer:
                 self.fabric.backward(loss)
             total += loss.detach()
         before = self._gradients() if self.adalase is not None and self.adalase.adaptive else []
-        if config.clip is not None:
+        if config.clip:
             self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
         self.optimizer.step()
         self.method.after_step()
@@ -463,7 +487,7 @@ class _Trainer:
         if self.looked is not None and self.looked["step"] == done:
             return {"dev": self.looked["dev"]}
         found = self.feed.score(self.network)
-        if "dev" in found:
+        if "dev" in found and self._looks(done) == 0:
             self._compare_with_best(done, found["dev"])
         return found
 
@@ -473,6 +497,7 @@ class _Trainer:
         if self.rank or self._looks(done) == self._looks(done - 1):
             return
         self._check_loss()
+        self._check_weights()
         score = self.feed.score(self.network)["dev"]
         self.looked = {"look": self._looks(done), "step": done, "dev": score}
         self.dev_lines.append(self.looked)
@@ -571,7 +596,7 @@ def _feed(
     if isinstance(dataset, Dataset):
         return ImageFeed(config, dataset, order, device)
     assert config.text is not None
-    dev = load_text(config.text.dev).tasks if config.text.dev is not None else ()
+    dev = load_dev(config.text.dev).tasks if config.text.dev is not None else ()
     tokenize: Any = start.network.tokenize
     return TextFeed(config, dataset, tokenize, dev, device)
 
@@ -640,13 +665,25 @@ def _check_device(config: RunConfig, device: str) -> str:
 
 def _fabric(config: RunConfig, device: str) -> Any:
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
 
     where = _check_device(config, device)
-    many: dict[str, Any] = {"strategy": "ddp"} if config.devices > 1 else {}
+    many: dict[str, Any] = {}
+    if config.devices > 1:
+        many["strategy"] = DDPStrategy(**_never_sync_buffers()) if config.reads_text else "ddp"
     fabric = Fabric(accelerator=where, devices=config.devices, precision=config.precision, **many)
     if config.devices > 1:
         fabric.launch()
     return fabric
+
+
+def _never_sync_buffers() -> dict[str, bool]:
+    """An encoder's buffers are constants, and writing them anew would spoil the first of two passes for its backward.
+
+    torch 2.15 has another name for the option.
+    """
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known): False}
 
 
 def _freeze(network: nn.Module, frozen: list[nn.Module]) -> list[nn.Parameter]:
@@ -662,7 +699,10 @@ def _freeze(network: nn.Module, frozen: list[nn.Module]) -> list[nn.Parameter]:
 
 def _optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate or 0.0, weight_decay=config.weight_decay)
+        kinds = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        decays = (config.weight_decay, 0.0)  # none of biases and norms, as transformers' trainer does
+        groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(kinds, decays, strict=True) if ps]
+        return torch.optim.AdamW(groups, lr=config.learning_rate or 0.0)
     kind: Any = {"sgd": torch.optim.SGD, "lars": LARS}[config.optimizer]
     return kind(  # type: ignore[no-any-return]
         parameters, lr=config.learning_rate or 0.0, momentum=config.momentum, weight_decay=config.weight_decay,

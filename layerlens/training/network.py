@@ -14,7 +14,7 @@ from torch import nn
 from layerlens.activations import to_device
 from layerlens.data import AnyDataset, Dataset
 from layerlens.devices import device_of
-from layerlens.encoders import SentenceEncoder, build_encoder
+from layerlens.encoders import SentenceEncoder, build_encoder, usual_settings
 from layerlens.errors import CheckpointError, ConfigError
 from layerlens.layers import discover, select, split_at
 from layerlens.models import (
@@ -29,7 +29,7 @@ from layerlens.models import (
 )
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import load_into, load_state
-from layerlens.training.config import SCHEMA, RunConfig
+from layerlens.training.config import SCHEMA, RunConfig, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,9 @@ def build_start(config: RunConfig, dataset: AnyDataset) -> Start:
     }  # fmt: skip
     if isinstance(network, SentenceEncoder):
         metadata["encoder"] = network.description()
+        _check_views(config, network)
+        if config.init is not None:
+            _check_tokens(config.init, network)
     elif isinstance(dataset, Dataset):
         metadata |= {"input_shape": list(dataset.input_shape), "head": head_of(config, dataset)}
     if config.init is not None:
@@ -86,6 +89,8 @@ def _fresh(config: RunConfig, dataset: AnyDataset) -> tuple[nn.Module, tuple[str
     """The network, and the names of the heads that keep fresh weights where a checkpoint has others."""
     if isinstance(dataset, TextDataset):
         return _fresh_encoder(config), ("head", "mlm_head")
+    if reads_sentences(config.model):
+        raise ConfigError(f"model={config.model!r} reads sentences; {dataset.name} holds images")
     if config.objective == "supervised" and dataset.y_train is None:
         raise ConfigError(f"supervised training needs labels; {dataset.name} has none. Use --objective simclr")
     with torch.random.fork_rng(devices=[]):
@@ -95,21 +100,58 @@ def _fresh(config: RunConfig, dataset: AnyDataset) -> tuple[nn.Module, tuple[str
 
 
 def _fresh_encoder(config: RunConfig) -> SentenceEncoder:
-    assert config.text is not None
-    text = config.text
+    text = with_own_settings(config).text
+    assert text is not None
+    assert text.pooling is not None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         encoder = build_encoder(
             config.model, pooling=text.pooling, max_length=text.max_length, dropout=text.model_dropout,
-            head=config.objective != "mlm" and text.pooling in ("cls", "cls-before-head"),
+            head=False if config.objective == "mlm" else True if text.pooling.startswith("cls") else None,
             mlm=config.objective == "mlm" or text.mlm_weight > 0,
         )  # fmt: skip
+    return encoder
+
+
+def with_own_settings(config: RunConfig) -> RunConfig:
+    """A run over sentences with pooling and length filled in: the model's own, else SimCSE's."""
+    if config.text is None:
+        return config
+    if not reads_sentences(config.model):
+        raise ConfigError(
+            f"model={config.model!r} reads no sentences, which {config.objective} trains on; give --model hf:PATH or "
+            "hf-config:bert-tiny,tokenizer=FOLDER"
+        )
+    own, text = usual_settings(config.model), config.text
+    filled = {
+        "pooling": text.pooling or own["pooling"] or "cls-before-head",
+        "max_length": text.max_length or own["max_length"] or 32,
+    }  # fmt: skip
+    return config.model_copy(update={"text": TextConfig.model_validate({**text.model_dump(), **filled})})
+
+
+def _check_views(config: RunConfig, encoder: SentenceEncoder) -> None:
+    """See that the two views of a sentence differ.
+
+    Raises:
+        ConfigError: Neither the model's dropout nor an augmentation makes a difference.
+    """
     if config.objective == "simcse" and not encoder.has_dropout and config.augment is None:
         raise ConfigError(
             f"both views of a sentence are the same: {config.model!r} runs without dropout and there is no [augment]; "
             "set text.model_dropout = 0.1, or augment a layer"
         )
-    return encoder
+
+
+def _check_tokens(init: str, encoder: SentenceEncoder) -> None:
+    """See that a checkpoint to start from was trained on the same tokens.
+
+    Raises:
+        CheckpointError: It was not.
+    """
+    other = load_state(init)[1].get("encoder")
+    if isinstance(other, dict) and other.get("tokenizer") != encoder.description()["tokenizer"]:
+        raise CheckpointError(f"{init!r} was trained with another tokenizer; name its own in --model")
 
 
 def augmented_layers(config: RunConfig, network: nn.Module, example: Example) -> list[str]:
@@ -247,9 +289,14 @@ def _load_encoder(
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     if isinstance(dataset, Dataset):
         raise ConfigError(f"{str(checkpoint or model)!r} reads sentences; {dataset.name} holds images. Give text:PATH")
+    if "encoder" in metadata and model not in (None, metadata.get("model")):
+        raise CheckpointError(
+            f"{str(checkpoint)!r} holds its own encoder, made as {metadata.get('model')!r}; leave --model {model} out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if "encoder" in metadata:
+            _check_size(checkpoint, metadata["encoder"])
             encoder = SentenceEncoder.from_description(metadata["encoder"])
         else:
             assert model is not None
@@ -259,6 +306,24 @@ def _load_encoder(
     if checkpoint is not None and not untrained:
         load_into(encoder, checkpoint)
     return encoder, metadata
+
+
+def _check_size(checkpoint: str | Path | None, description: Any) -> None:
+    """Refuse a description of a network far larger than the file's tensors, before anything of that size is made."""
+    assert checkpoint is not None
+    held = sum(tensor.numel() for tensor in load_state(checkpoint)[0].values())
+    content = description if isinstance(description, dict) else {}
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    assert isinstance(config, dict)
+    numbers = {key: value for key, value in config.items() if type(value) is int}
+    names = ("num_hidden_layers", "n_layers", "n_layer"), ("hidden_size", "dim", "n_embd"), ("vocab_size",)
+    layers, width, words = (max((numbers.get(key, 1) for key in keys), default=1) for keys in names)
+    inner = max((numbers.get(key, 1) for key in ("intermediate_size", "hidden_dim", "n_inner")), default=1)
+    positions = numbers.get("max_position_embeddings", 1)
+    ends = content.get("head") or [1, 1]
+    head = ends[0] * ends[1] if len(ends) == 2 and all(type(end) is int for end in ends) else 0
+    if max(layers * width, width * inner, (words + positions) * width, head) > 2 * held:
+        raise CheckpointError(f"{str(checkpoint)!r} is damaged: it describes a larger encoder than it holds")
 
 
 def _assemble(

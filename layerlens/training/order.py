@@ -19,7 +19,7 @@ class Order:
         held_out: Rows for the online k-NN; never trained on.
         rows: Rows trained on, shape (n,).
         seen: Of each image of the training split whether the objective may see its label, shape (n,), bool.
-        steps: Optimizer steps per epoch; what does not fill a batch is left out, others each epoch.
+        steps: Optimizer steps per epoch; what does not fill a batch is left out, others each pass over the data.
 
     Raises:
         ConfigError: More images asked for than there are, or a batch larger than the data.
@@ -38,9 +38,11 @@ class Order:
         self.seen[self.rows[:count]] = True
         self.groups = self._groups(count)
         parts = config.batch_size // config.part
-        self.steps = min(len(rows) // (size * parts) for rows, size in self.groups)
+        self.all_steps = self.steps = min(len(rows) // (size * parts) for rows, size in self.groups)
         if not self.steps:
             self._refuse()
+        if config.epoch_samples is not None:
+            self.steps = self._steps_of(config.epoch_samples)
 
     def _take_subset(self) -> None:
         wanted = self.config.train_samples
@@ -68,12 +70,21 @@ class Order:
             "batch"
         )
 
+    def _steps_of(self, samples: int) -> int:
+        """Steps of an epoch that is a part of a pass over the data."""
+        batch, most = self.config.batch_size, self.all_steps * self.config.batch_size
+        if not batch <= samples <= most:
+            raise ConfigError(f"epoch_samples={samples}; allowed: {batch} (a batch) to {most}")
+        return samples // batch
+
     def epoch(self, number: int) -> Tensor:
         """Rows of one epoch, shape (steps, ranks, accumulate, part): the same on every rank."""
-        config, drawn = self.config, generator(self.config.seed, "order", number)
+        whole, part = divmod(number, self.all_steps // self.steps)  # epochs that share a pass share no sample
+        config, drawn = self.config, generator(self.config.seed, "order", whole)
         parts = config.batch_size // config.part
+        first, last = part * self.steps * parts, (part + 1) * self.steps * parts
         shuffled = [
-            rows[torch.randperm(len(rows), generator=drawn)][: self.steps * parts * size].view(self.steps, parts, size)
+            rows[torch.randperm(len(rows), generator=drawn)][first * size : last * size].view(self.steps, parts, size)
             for rows, size in self.groups
         ]
         return torch.cat(shuffled, dim=2).view(self.steps, config.devices, config.accumulate, config.part)

@@ -268,6 +268,28 @@ def test_positions_in_float64_follow_the_definition_in_float64():
     np.testing.assert_allclose(found.values, definition(layers, [72, 45]), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_positions_come_out_alike_by_rows_and_by_features(mean, monkeypatch):
+    layers = [x.float() + mean for x in related_layers(sum(int(c.sum()) for c in EVEN), p=200)]
+    ways = {}
+    for way in ("_by_grams", "_by_features"):
+        monkeypatch.setattr(StreamingCKA, "_end_of_positions", getattr(StreamingCKA, way))
+        ways[way] = accumulated_positions(layers, EVEN).compute()
+    one, other = ways.values()
+    for name, tolerance in (("values", 1e-6), ("low", 1e-4), ("high", 1e-4), ("participation", 1e-4)):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=tolerance, rtol=tolerance)
+
+
+def test_few_positions_of_wide_layers_go_by_rows_and_many_of_narrow_ones_by_features(monkeypatch):
+    taken = []
+    for way in ("_by_grams", "_by_features"):
+        plain = getattr(StreamingCKA, way)
+        monkeypatch.setattr(StreamingCKA, way, lambda self, way=way, plain=plain: (taken.append(way), plain(self))[1])
+    for width in (200, 3):
+        accumulated_positions([x.float() for x in related_layers(int(EVEN[0].sum()), p=width)], EVEN[:1])
+    assert taken == ["_by_grams", "_by_features"]
+
+
 def test_positions_count_the_directions_of_their_features():
     layers = related_layers(72)
     eigenvalues = [np.linalg.eigvalsh(np.cov(x.numpy().T)) for x in layers]

@@ -161,15 +161,12 @@ def measure_costs(options: argparse.Namespace) -> None:
         train_tokenizer((dataset.columns[0][row] for row in rows), folder, vocabulary=8192)
         for model in options.models:
             for batch in options.batch:
-                print(f"{model}, batches of {batch} …", file=sys.stderr)
+                case = f"{model}, batches of {batch}"
+                print(f"{case} …", file=sys.stderr)
                 found = cost(model, batch, options)
-                print(f"\n{model}, batches of {batch}: {told(found)}", flush=True)
+                print(f"\n{case}: {told(found)}", flush=True)
                 held = json.loads(out.read_text()) if out.exists() else {}
-                held[f"{model}, batches of {batch}"] = {
-                    "data": Path(dataset.name).name,
-                    **found,
-                    "environment": environment(),
-                }
+                held[case] = {"data": Path(dataset.name).name, **found, "environment": environment()}
                 write(out, held)
 
 

@@ -165,3 +165,19 @@ def test_a_kind_with_too_few_images_is_refused(share: float):
 def test_moco_without_the_labels_it_asks_for_is_refused():
     with pytest.raises(ConfigError, match="0 labelled or unlabelled training images"):
         Order(moco(), images(labels=False))
+
+
+def test_epochs_that_are_parts_of_a_pass_share_no_sample_and_make_up_the_pass():
+    whole = Order(config(batch_size=16, train_samples=160), images())
+    parts = Order(config(batch_size=16, train_samples=160, epoch_samples=50), images())
+    assert (whole.steps, parts.steps) == (10, 3)
+    first, second = (torch.cat([parts.epoch(3 * k + i).flatten() for i in range(3)]) for k in range(2))
+    assert torch.equal(first, whole.epoch(0).flatten()[:144])
+    assert torch.equal(second, whole.epoch(1).flatten()[:144])
+    assert len(first.unique()) == 144
+
+
+@pytest.mark.parametrize("samples", [8, 161])
+def test_an_epoch_of_less_than_a_batch_or_more_than_the_data_is_refused(samples: int):
+    with pytest.raises(ConfigError, match=rf"epoch_samples={samples}; allowed: 16 \(a batch\) to 160"):
+        Order(config(batch_size=16, train_samples=160, epoch_samples=samples), images())

@@ -84,7 +84,9 @@ def scaled_down(settings: dict[str, Any]) -> dict[str, Any]:
 def test_recipes_of_sentences_are_simcse_as_published(name: str):
     config = make_config(read_recipe(name))
     assert config.text is not None
-    assert (config.epochs, config.batch_size, config.learning_rate, config.temperature) == (1, 64, 3e-5, 0.05)
+    assert (config.batch_size, config.learning_rate, config.temperature) == (64, 3e-5, 0.05)
+    assert config.epoch_samples is not None
+    assert config.epochs * config.epoch_samples == 10**6, "one pass over a million sentences"
     assert (config.text.pooling, config.text.max_length, config.text.dev_every) == ("cls-before-head", 32, 125)
     assert config.text.mlm_weight == (0.1 if "mlm" in name else 0)
     layer = {"stop": "8", "no-stop": "10"}.get(name.partition("bert-")[2].removeprefix("mlm-"))
@@ -239,6 +241,8 @@ def test_every_recipe_of_sentences_trains(name: str, corpus: Corpus, tmp_path: P
         "model": f"hf-config:bert-tiny,tokenizer={corpus.tokenizer},layers=12,width=16,heads=2",
         "data": corpus.spec(),
         "batch_size": 60,
+        "epochs": 1,
+        "epoch_samples": None,
     }
     text = {**settings["text"], "dev": corpus.spec("sts"), "dev_every": 2}
     result = train(make_config({**settings, **small, "text": text}), tmp_path / "run", device="cpu")
