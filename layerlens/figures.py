@@ -236,7 +236,7 @@ def training_curves(
 
     Args:
         runs: Metrics lines by label, as `metrics.jsonl` holds them.
-        key: `loss`, `knn` or `learning_rate`.
+        key: `loss`, `knn`, `dev` or `learning_rate`.
         ax: Where to draw.
     """
     import matplotlib.pyplot as plt
@@ -246,7 +246,10 @@ def training_curves(
         for (label, lines), look in zip(runs.items(), _looks(), strict=False):
             points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
             axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **look)
-        names = {"loss": "training loss (nats)", "knn": "k-NN accuracy, held-out", "learning_rate": "learning rate"}
+        names = {
+            "loss": "training loss (nats)", "knn": "k-NN accuracy, held-out", "learning_rate": "learning rate",
+            "dev": "Spearman correlation, dev pairs",
+        }  # fmt: skip
         axes.set(xlabel="epoch", ylabel=names.get(key, key))
         _legend(axes, len(runs))
     return axes

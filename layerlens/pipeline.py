@@ -48,7 +48,7 @@ from layerlens.text import TextDataset
 from layerlens.token_batches import TokenBatches, token_batches
 from layerlens.training.checkpoint import fingerprint
 from layerlens.training.config import RunConfig, make_config
-from layerlens.training.loop import Progress, train
+from layerlens.training.loop import Progress, load_dev, train
 from layerlens.training.network import example_of, load_network
 from layerlens.training.run_folder import read_metrics, read_result
 
@@ -141,7 +141,8 @@ class RunAnalysis(Result):
         metrics: One entry per epoch.
         before, after: The untrained twin (or first checkpoint) and the last one.
         trajectory: Geometry of the embedding at each kept checkpoint.
-        scores: Test accuracy of k-NN (k = 200) and linear probe by checkpoint label; empty without labels.
+        scores: Test accuracy of k-NN (k = 200) and linear probe by checkpoint label, or Spearman's correlation of a
+            run over sentences with its dev pairs; empty without labels.
         recommendation: From `after`, with `before` as the baseline.
     """
 
@@ -502,17 +503,18 @@ def analyze_run(
     if dataset.fingerprint() != config.data_sha256:
         raise RunFolderError(f"{str(folder)!r} was trained on other contents of {config.data!r} than are there now")
     paths = [folder / name for name in result.checkpoints]
+    judged = own_data(config, folder) if config.text is not None and config.text.dev is not None else dataset
     trajectory = []
     for path in see(paths, "geometry"):
         network, metadata = load_network(path, model=model, dataset=dataset)
         network = network.to(device)
         views = Views(**config.views.model_dump()) if config.views else None
-        trajectory.append(measure_geometry(network, dataset, chosen, epoch=metadata.get("epoch"), views=views))
+        trajectory.append(measure_geometry(network, judged, chosen, epoch=metadata.get("epoch"), views=views))
     after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, device=device, watch=see)
     assert twin is not None
     made = RunAnalysis(
         name=folder.name, config=config.model_dump(mode="json"), metrics=metrics, before=twin, after=after,
-        trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), dataset, model, device, see),
+        trajectory=tuple(trajectory), scores=_scores((paths[0], paths[-1]), judged, model, device, see),
         recommendation=recommend(after.cka, twin.cka, geometry=trajectory[-1], level=chosen.level, seed=chosen.seed),
         settings=vars(chosen),
     )  # fmt: skip
@@ -533,6 +535,23 @@ def run_folders(paths: Iterable[str | Path]) -> list[Path]:
     if len(set(names)) != len(names):
         raise RunFolderError(f"runs in one report need different folder names; got {names}. Rename one")
     return folders
+
+
+def own_data(config: RunConfig, folder: str | Path) -> AnyDataset:
+    """What a run is scored on: its data, or its dev pairs of sentences.
+
+    Raises:
+        RunFolderError: Other contents are there now.
+        ConfigError: Sentences without scores.
+    """
+    text = config.text
+    if text is not None and text.dev is None:
+        raise ConfigError(f"{str(folder)!r} has no scored pairs of sentences of its own; give --data sts:PATH")
+    data = load_data(config.data) if text is None else load_dev(str(text.dev))
+    if data.fingerprint() != (config.data_sha256 if text is None else text.dev_sha256):
+        place = config.data if text is None else text.dev
+        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {place!r} than are there now")
+    return data
 
 
 def read_run_config(folder: str | Path) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("layerlens-torch", "torch", "torchvision", "numpy", "scikit-learn")
+_EXTRAS = ("transformers", "tokenizers", "sentence-transformers")  # named where they are installed
 
 
 @cache
@@ -22,6 +24,9 @@ def _software() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    for name in _EXTRAS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {"python": platform.python_version(), "versions": versions, "commit": git_commit()}
 
 

@@ -15,6 +15,8 @@ from layerlens.errors import ShapeError
 from layerlens.files import write_atomically, write_json
 from layerlens.pipeline import RunAnalysis
 
+_SCORES = {"knn": "k-NN (k = 200)", "knn10": "k-NN (k = 10)", "probe": "linear probe", "top1": "classifier"}
+
 
 def write_report(runs: Sequence[RunAnalysis], folder: str | Path) -> Path:
     """Write `report.html`, `report.md`, `report.json` and `figures/` for one run or several side by side.
@@ -61,8 +63,9 @@ def _draw_run(run: RunAnalysis, folder: Path) -> dict[str, Path]:
         "effective_rank": (figures.layer_profile(ranks), ranks),
         "training": (figures.training_curves({run.name: run.metrics}), run.metrics),
     }  # fmt: skip
-    if any(line.get("knn") is not None for line in run.metrics):
-        drawn["knn"] = (figures.training_curves({run.name: run.metrics}, key="knn"), run.metrics)
+    for key in ("knn", "dev"):
+        if any(line.get(key) is not None for line in run.metrics):
+            drawn[key] = (figures.training_curves({run.name: run.metrics}, key=key), run.metrics)
     return {name: _svg(figures.save_figure(axes, folder / name, source)) for name, (axes, source) in drawn.items()}
 
 
@@ -99,6 +102,7 @@ def _render(
         autoescape=template.endswith("html.jinja"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page.filters["embed"] = lambda path: "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+    page.filters["score"] = lambda name: _SCORES.get(name, name)
     page.filters["beside"] = lambda path: path.relative_to(folder).as_posix()
     page.filters["settings"] = lambda config: json.dumps(_shown(config), indent=1)
     return page.from_string(text).render(runs=runs, drawn=drawn, common=common)

