@@ -390,6 +390,7 @@ def film(
 @analysis_options
 @click.option("--no-twin", is_flag=True, help="Do not compare with the freshly initialised network.")
 @click.option("--criterion", default="two-level", show_default=True, help="two-level or modularity.")
+@click.option("--out", type=click.Path(), help="Folder for the heat map with its regions and marks, and JSON.")
 @device_option
 @download_option
 @json_option
@@ -399,6 +400,7 @@ def recommend(
     data: str,
     no_twin: bool,
     criterion: str,
+    out: str | None,
     device: str,
     download: bool,
     as_json: bool,
@@ -408,6 +410,7 @@ def recommend(
 
     Each with stop-gradient or without, its reason, its confidence, and cautions.
     """
+    from layerlens import figures
     from layerlens.analysis.regions import check_criterion
     from layerlens.recommendation import recommend as advise
 
@@ -417,6 +420,10 @@ def recommend(
     advice = advise(
         found.cka, twin.cka if twin else None, geometry=found.geometry, criterion=criterion, seed=look["seed"]
     )
+    if out is not None:
+        drawn = figures.heatmap(found.cka, regions=advice.regions, targets=advice.targets, title=found.label)
+        source = {"similarity": found.cka, "recommendation": advice}
+        figures.save_figure(drawn, Path(out) / "recommendation", source, facts=found.facts)
     click.echo(advice.to_json() if as_json else str(advice))
 
 

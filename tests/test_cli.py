@@ -158,6 +158,15 @@ def test_recommend_prints_targets_or_says_why_not(capsys, images, trained):
     assert run(capsys, "recommend", *look, "--no-twin", "--device", "cpu").startswith(found["verdict"].split()[0])
 
 
+def test_recommend_draws_what_it_says(capsys, images, trained, tmp_path):
+    look = ["--checkpoint", trained / "checkpoints" / "epoch-0002.safetensors", "--data", f"npz:{images}"]
+    said = run(capsys, "recommend", *look, "--batch-size", 6, "--out", tmp_path, "--json", "--device", "cpu")
+    kept = json.loads((tmp_path / "recommendation.json").read_text())
+    assert kept["recommendation"] == json.loads(said)
+    assert kept["similarity"]["layers"]
+    assert (tmp_path / "recommendation.png").stat().st_size > 1000
+
+
 def test_evaluate_scores_the_embedding_and_any_layer(capsys, images, trained):
     words = [
         "--checkpoint",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from layerlens.activations import to_device
@@ -29,7 +30,7 @@ from layerlens.models import (
 )
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import load_into, load_state
-from layerlens.training.config import SCHEMA, RunConfig, TextConfig
+from layerlens.training.config import SCHEMA, RunConfig, TextConfig, explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,10 @@ def with_own_settings(config: RunConfig) -> RunConfig:
         "pooling": text.pooling or own["pooling"] or "cls-before-head",
         "max_length": text.max_length or own["max_length"] or 32,
     }  # fmt: skip
-    return config.model_copy(update={"text": TextConfig.model_validate({**text.model_dump(), **filled})})
+    try:
+        return config.model_copy(update={"text": TextConfig.model_validate({**text.model_dump(), **filled})})
+    except ValidationError as error:
+        raise ConfigError(f"{config.model!r}: {explain(error, TextConfig)}; set it in [text]") from error
 
 
 def _check_views(config: RunConfig, encoder: SentenceEncoder) -> None:

@@ -65,3 +65,10 @@ def test_the_committed_results_are_of_the_committed_studies(name: str, runs: int
     assert found.study == read_study(ROOT / "analysis_notebooks" / f"{name}.toml").model_dump(mode="json")
     assert (len(found.runs), found.missing, found.failed) == (runs, missing, {})
     assert {run["seed"] for run in found.runs} == set(range(seeds))
+
+
+def test_the_committed_results_on_sentences_are_those_of_the_ready_study():
+    found = StudyResult.from_dict(read_json(ROOT / "figures" / "sentence_embeddings" / "result.json"))
+    assert found.study == read_study("sentence-embeddings").at_scale("hour").model_dump(mode="json")
+    assert (len(found.runs), found.missing, found.failed) == (81, 0, {})
+    assert {run["seed"] for run in found.runs} == {0, 1, 2}

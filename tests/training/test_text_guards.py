@@ -124,3 +124,9 @@ def test_features_of_a_block_are_means_over_tokens_whatever_the_batches(corpus: 
     small, large = (features(encoder, token_batches(encoder, data, batch_size=size), layer) for size in (4, 20))
     assert small.shape == (len(data.test), 16)
     torch.testing.assert_close(small, large, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooling_that_no_encoder_has_is_refused_in_words(corpus: Corpus):
+    config = corpus.config({"max_length": None}, model=corpus.model(",pooling=max"))
+    with pytest.raises(ConfigError, match=r"pooling='max' is unknown; .*set it in \[text\]"):
+        resolve(config, corpus.data())
