@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     from layerlens.recommendation import settled as settled
     from layerlens.report import write_report as write_report
     from layerlens.text import TextDataset as TextDataset
-    from layerlens.token_batches import token_batches as token_batches
+    from layerlens.tokens import token_batches as token_batches
     from layerlens.training.checkpoint import load_into as load_into
     from layerlens.training.config import RunConfig as RunConfig
     from layerlens.training.config import make_config as make_config
@@ -163,7 +163,7 @@ _HOMES = {
     "recommendation": ("Recommendation", "advice_over", "recommend", "settled"),
     "report": ("write_report",),
     "text": ("TextDataset",),
-    "token_batches": ("token_batches",),
+    "tokens": ("token_batches",),
     "training.checkpoint": ("load_into",),
     "training.config": ("RunConfig", "make_config"),
     "training.lars": ("LARS",),

@@ -702,7 +702,8 @@ def _evaluate_run(
     )
     folder = Path(out) if out else Path(run) / "analysis"
     stem = "scores" if data is None else "scores_" + re.sub(r"[^\w.=-]+", "_", data)
-    figures.save_figure(figures.score_curves({found.name: found}), folder / stem, found)
+    key = "knn" if "knn" in found.rows[0] else "mean"
+    figures.save_figure(figures.score_curves({found.name: found}, key=key), folder / stem, found)
     if as_json:
         click.echo(found.to_json())
         return

@@ -270,7 +270,7 @@ def score_curves(trajectories: Mapping[str, Trajectory], *, key: str = "knn", ax
         for (label, trajectory), look in zip(trajectories.items(), _looks(), strict=False):
             points = [(row["epoch"], row[key]) for row in trajectory.rows if row.get(key) is not None]
             axes.plot(*zip(*points, strict=True) if points else ([], []), marker="o", ms=3, label=label, **look)
-        axes.set(xlabel="epoch", ylabel=_SCORES.get(key, key.replace("_", ", ")))
+        axes.set(xlabel="epoch", ylabel=_score_name(key))
         _legend(axes, len(trajectories))
     return axes
 
@@ -343,6 +343,13 @@ def save_figure(
     path = stem.with_name(f"{stem.name}.json")
     write_json(path, content)
     return [*written, path]
+
+
+def _score_name(key: str) -> str:
+    """A score in words."""
+    if key == "mean" or key.startswith(("STS", "SICK")):
+        return f"{'STS' if key == 'mean' else key}, Spearman correlation"
+    return _SCORES.get(key, key.replace("_", ", "))
 
 
 def _mark(axes: Axes, place: int, target: Target) -> None:

@@ -45,7 +45,7 @@ from layerlens.recommendation import Recommendation, recommend
 from layerlens.reduction import make_reduction
 from layerlens.specs import parse_spec
 from layerlens.text import TextDataset
-from layerlens.token_batches import TokenBatches, token_batches
+from layerlens.tokens import TokenBatches, token_batches
 from layerlens.training.checkpoint import fingerprint
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, load_dev, train

@@ -13,7 +13,7 @@ import numpy as np
 from layerlens.errors import DataError, ShapeError, check_known
 from layerlens.experiments.results import Interval, Line, StudyResult, lower_is_better
 from layerlens.experiments.study import axis_name
-from layerlens.figures import _COLOURS, _SCORES
+from layerlens.figures import _COLOURS, _score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,11 +196,7 @@ def plain(value: Any) -> str:
 
 def quantity(metric: str, data: str = "") -> str:
     """A score in words."""
-    name = _SCORES.get(metric, metric.replace("_", ", "))
-    if metric.startswith(("STS", "SICK")):
-        name = f"{metric}, Spearman correlation"
-    elif metric == "mean":
-        name = "STS, Spearman correlation"
+    name = _score_name(metric)
     gap = "\n" if len(name) + len(data) > 38 else " "  # longer than a figure is high
     name = f"{name},{gap}on {data}" if data else name
     return f"{name} (lower is better)" if lower_is_better(metric) else name

@@ -171,3 +171,8 @@ def test_links_and_images_lead_somewhere(name):
     text, folder = (README, ROOT) if name == "README.md" else (DOCS[name], ROOT / "docs")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_no_module_hides_a_public_name():
+    modules = {path.stem for path in (ROOT / "layerlens").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not modules & {name for name in ll.__all__ if not inspect.ismodule(getattr(ll, name))}

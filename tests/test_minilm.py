@@ -9,8 +9,8 @@ from layerlens.analysis.similarity import similarity_matrix
 from layerlens.data import load_data
 from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.recommendation import recommend
-from layerlens.token_batches import token_batches
 from layerlens.tokenizers import quiet
+from layerlens.tokens import token_batches
 
 pytestmark = [
     pytest.mark.slow,

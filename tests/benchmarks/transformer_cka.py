@@ -44,7 +44,7 @@ from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.provenance import provenance
 from layerlens.recommendation import recommend
 from layerlens.text import TextDataset
-from layerlens.token_batches import token_batches
+from layerlens.tokens import token_batches
 
 HERE = Path(__file__).parent
 TEXT = HERE.parents[2] / "shared" / "data" / "text"

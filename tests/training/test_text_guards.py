@@ -13,7 +13,7 @@ from sentences import Corpus, make_corpus, write_csv
 from layerlens.activations import features
 from layerlens.encoders import build_encoder, train_tokenizer
 from layerlens.errors import CheckpointError, ConfigError
-from layerlens.token_batches import token_batches
+from layerlens.tokens import token_batches
 from layerlens.training.checkpoint import load_state, save_checkpoint
 from layerlens.training.loop import load_dev, resolve, train
 from layerlens.training.network import build_network, load_network
