@@ -247,7 +247,7 @@ def test_a_smoke_study_runs_to_its_end(name: str, tmp_path: Path) -> None:
     assert result.missing == 0
     assert len(result.runs) == len(plan.runs)
     for figure in plan.study.figures:
-        assert figure.metric in result.metrics()
+        assert figure.metric in result.metrics() or figure.kind in ("similarity", "geometry")
     drawn = draw_all(result)
     plt.close("all")
     assert list(drawn) == [figure.name for figure in plan.study.figures]
