@@ -76,7 +76,7 @@ WITHOUT_RECIPE = {  # published settings that are a recipe's without one table, 
 }
 METRICS = {
     "probe", "knn", "knn10", "top1", "alignment_train", "alignment_test", "uniformity_train", "uniformity_test",
-    "STS-B",
+    "STS-B", "mean",
 }  # fmt: skip
 HUNG = ("augment", "freeze", "adalase", "dropout")
 IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
