@@ -41,7 +41,10 @@ from layerlens.errors import (
     check_known,
     require,
 )
+from layerlens.files import sha256_of
 from layerlens.layers import discover, main_tensor, select
+from layerlens.models import ENCODERS
+from layerlens.reduction import masked_mean
 from layerlens.sentence_folders import SentenceFolder, read_folder, write_folder
 from layerlens.specs import Spec, parse_spec
 from layerlens.tokenizers import (
@@ -57,7 +60,6 @@ from layerlens.tokenizers import train_tokenizer as train_tokenizer
 from layerlens.untouched import observed, untouched
 
 POOLINGS = ("cls", "cls-before-head", "mean", "first-last-mean")
-KINDS = ("hf", "hf-config")
 _SETTINGS = ("pooling", "max_length", "dropout", "head")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 _EXAMPLE = ("a bird", "a dreary name, said the lord of the house")
@@ -337,8 +339,7 @@ class SentenceEncoder(nn.Module):
             return states[:, 0]
         if first is not None:
             states = (first + states) / 2
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1)  # (n, width)
+        return masked_mean(states, attention_mask)  # (n, width)
 
     def _evaluated(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         if not self.head_layer:
@@ -386,7 +387,7 @@ def build_encoder(
         ExtraMissingError: The extra `text` is not installed.
     """
     parsed = parse_spec(spec)
-    if parsed.kind not in KINDS or not parsed.argument:
+    if parsed.kind not in ENCODERS or not parsed.argument:
         raise UnknownNameError(
             f"unknown encoder {spec!r}; allowed: hf:PATH, hf:NAME, hf-config:FAMILY-SIZE, hf-config:PATH"
         )
@@ -440,18 +441,14 @@ def fingerprint_of(spec: str) -> str:
             if file.is_file() and file.suffix in _MODEL_FILES:
                 found = file.stat()
                 name = str(file.relative_to(place)) if place.is_dir() else file.name
-                digest.update(f"{name} {_digest(str(file), found.st_size, found.st_mtime_ns)}".encode())
+                digest.update(f"{name} {_unchanged_digest(str(file), found.st_size, found.st_mtime_ns)}".encode())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=1000)
-def _digest(path: str, _size: int, _mtime_ns: int) -> str:
+def _unchanged_digest(path: str, _size: int, _mtime_ns: int) -> str:
     """SHA-256 of a file, read again only if it has changed."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def same_tokens(encoder: SentenceEncoder, other: SentenceEncoder) -> bool:

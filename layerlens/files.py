@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -61,6 +62,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunFolderError(f"{str(path)!r} is damaged (it holds no object); delete it to have it made again")
     return content
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits; read in parts."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def numbered(path: Path) -> Path:

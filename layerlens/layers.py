@@ -220,7 +220,7 @@ def _trace(model: nn.Module, batch: Batch, forward: Forward) -> list[Layer]:
 
     with observed(model, note), trial_run(main_tensor(batch) if isinstance(batch, tuple | list) else batch):
         forward(model, batch)
-    labels = _call_labels([call.name for call in seen])
+    labels = call_labels([call.name for call in seen])
     return [replace(call, name=label) for call, label in zip(seen, labels, strict=True)]
 
 
@@ -235,7 +235,7 @@ def _timeline(model: nn.Module, batch: Batch, forward: Forward) -> tuple[list[st
             stack.callback(module.register_forward_pre_hook(lambda _m, _a, b=begins: begun.extend(b)).remove)
         stack.enter_context(trial_run(main_tensor(batch) if isinstance(batch, tuple | list) else batch))
         forward(model, batch)
-    return begun, dict(zip(_call_labels([name for name, _ in ended]), (count for _, count in ended), strict=True))
+    return begun, dict(zip(call_labels([name for name, _ in ended]), (count for _, count in ended), strict=True))
 
 
 def _lent(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -251,7 +251,7 @@ def _holds_state(model: nn.Module, name: str) -> bool:
     return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
 
 
-def _call_labels(names: Sequence[str]) -> list[str]:
+def call_labels(names: Sequence[str]) -> list[str]:
     """Names of calls: `name`, or `name#k` where a module runs often."""
     total, count = Counter(names), Counter[str]()
     labels = []

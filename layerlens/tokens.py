@@ -57,8 +57,5 @@ def token_batches(
         seed: Of the choice.
     """
     sentences = dataset.split(split)
-    total = len(sentences)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[
-        : total if samples is None else samples
-    ]
-    return TokenBatches(encoder, sentences, order, batch_size)
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
+    return TokenBatches(encoder, sentences, order[:samples], batch_size)

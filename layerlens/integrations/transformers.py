@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from layerlens.augment.deep import DeepAugmentation
 from layerlens.errors import ConfigError, ExtraMissingError, UnknownLayerError
-from layerlens.layers import Batch, Forward, call_names, main_tensor, run_batch
+from layerlens.layers import Batch, Forward, call_labels, call_names, main_tensor, run_batch
 from layerlens.untouched import observed
 
 if find_spec("transformers") is None:
@@ -146,7 +145,7 @@ def numbered_layers(model: nn.Module, batch: Batch | None = None, *, forward: Fo
         raise UnknownLayerError(
             f"no module of {type(model).__name__} gives what its first block is fed; choose a layer by name"
         )
-    return [givers[-1], *_calls([name for name, _ in finished if name in blocks])]
+    return [givers[-1], *call_labels([name for name, _ in finished if name in blocks])]
 
 
 def pick_numbered(model: nn.Module, names: Sequence[str], number: int) -> str:
@@ -168,16 +167,6 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
         raise UnknownLayerError(f"{type(model).__name__} has no list of blocks to number; choose a layer by name")
     name, largest = max(lists, key=lambda named: sum(p.numel() for p in named[1].parameters()))
     return {f"{name}.{place}": block for place, block in largest.named_children()}
-
-
-def _calls(names: list[str]) -> list[str]:
-    """`name`, or `name#k` where one block runs often (ALBERT)."""
-    total, count = Counter(names), Counter[str]()
-    labels = []
-    for name in names:
-        count[name] += 1
-        labels.append(name if total[name] == 1 else f"{name}#{count[name]}")
-    return labels
 
 
 def _own_batch(model: nn.Module) -> Batch:

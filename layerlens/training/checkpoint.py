@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from layerlens.errors import CheckpointError
-from layerlens.files import write_atomically
+from layerlens.files import sha256_of, write_atomically
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -113,7 +112,7 @@ def _differ(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"no checkpoint {str(path)!r}; give a .safetensors or .pt file") from error
 

@@ -257,7 +257,10 @@ def load_network(
     Raises:
         CheckpointError: Damaged, of another architecture, or silent about its model.
     """
-    metadata = load_state(checkpoint)[1] if checkpoint is not None else {}
+    state, metadata = load_state(checkpoint) if checkpoint is not None else ({}, {})
+    if "encoder" in metadata:
+        _check_size(checkpoint, metadata["encoder"], held=sum(tensor.numel() for tensor in state.values()))
+    del state  # it is read again where its network is there
     if "encoder" in metadata or (model is not None and reads_sentences(model)):
         return _load_encoder(checkpoint, model, metadata, dataset, untrained, seed)
     if isinstance(dataset, TextDataset):
@@ -300,7 +303,6 @@ def _load_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if "encoder" in metadata:
-            _check_size(checkpoint, metadata["encoder"])
             encoder = SentenceEncoder.from_description(metadata["encoder"])
         else:
             assert model is not None
@@ -312,10 +314,8 @@ def _load_encoder(
     return encoder, metadata
 
 
-def _check_size(checkpoint: str | Path | None, description: Any) -> None:
-    """Refuse a description of a network far larger than the file's tensors, before anything of that size is made."""
-    assert checkpoint is not None
-    held = sum(tensor.numel() for tensor in load_state(checkpoint)[0].values())
+def _check_size(checkpoint: str | Path | None, description: Any, *, held: int) -> None:
+    """Refuse a description of a network far larger than what the file holds, before anything of that size is made."""
     content = description if isinstance(description, dict) else {}
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
     assert isinstance(config, dict)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerlens.augment.spatial import Mix
+from layerlens.devices import device_of
 from layerlens.training.methods import Method
 from layerlens.training.objectives.mlm import mask_tokens
 from layerlens.training.objectives.simcse import simcse
@@ -39,15 +40,15 @@ class _TextMethod(Method):
         assert self.config.text is not None
         self.settings = self.config.text
         tokenizer: Any = self.network.tokenizer
-        self.special = torch.tensor(sorted(tokenizer.all_special_ids))
-        known = set(tokenizer.all_special_ids)
-        self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in known])
+        known, device = set(tokenizer.all_special_ids), device_of(self.network)
+        self.special = torch.tensor(sorted(known), device=device)
+        self.words = torch.tensor([i for i in range(len(tokenizer)) if i not in known], device=device)
         self.mask_id = tokenizer.mask_token_id
 
     def _masked_lm(self, batch: TokenBatch) -> Tensor:
         """Cross-entropy of the hidden tokens, in a pass of its own, which a layer's operator transforms anew."""
         ids = batch.tokens["input_ids"]
-        maskable = batch.tokens["attention_mask"].bool() & ~torch.isin(ids, self.special.to(ids.device))
+        maskable = batch.tokens["attention_mask"].bool() & ~torch.isin(ids, self.special)
         hidden, asked = mask_tokens(
             ids, maskable, mask_id=self.mask_id, words=self.words, share=self.settings.mlm_share, draws=batch.draws
         )
