@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from layerlens.devices import device_of
-from layerlens.errors import DataError, EmptyLoaderError, ShapeError, UnknownLayerError
+from layerlens.errors import ConfigError, DataError, EmptyLoaderError, ShapeError, UnknownLayerError
+from layerlens.graph_batches import (
+    count_graphs,
+    fed_with,
+    first_graphs,
+    graph_of_node,
+    holds_graphs,
+    is_graph_object,
+    moved,
+)
 from layerlens.layers import INPUT, Batch, Forward, Layer, call_names, discover, main_tensor, run_batch, select
 from layerlens.models import head_name
-from layerlens.reduction import Reduction, masked_mean
+from layerlens.reduction import Reduction, masked_mean, pool_nodes
 from layerlens.untouched import untouched
 
 OUTPUT = "output"
@@ -90,12 +99,14 @@ class Look:
         layers: A selection, see `layers.select`.
         forward: How to run one batch; `run_batch` by default, and then nothing runs behind the last chosen layer.
         label: What messages put in front of its layers' names; nothing by default.
+        view: Makes of each batch what the model sees instead; itself by default.
     """
 
     model: nn.Module
     layers: str | Sequence[str] = "auto"
     forward: Forward | None = None
     label: str = ""
+    view: Callable[[Batch], Batch] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ def sweep_models(
                 consumer = begin([p.layers for p in passes])
             checksums.append(_checksum(raw))
             hands = [p.run(raw if p is passes[-1] else _copy(raw), number, consumer, reduce) for p in passes]
-            if reduce.kind == "positions":
+            if reduce.many:
                 _check_positions(hands)
                 consumer.counts = hands[0].counts  # type: ignore[attr-defined]
             consumer.end_batch()
@@ -197,6 +208,7 @@ class _Pass:
 
     def run(self, raw: Batch, number: int, consumer: Consumer, reduce: Reduction) -> _Hand:
         batch = self.arrange(to_device(raw, self.device))
+        batch = batch if self.look.view is None else self.look.view(batch)
         hand = _Hand(self, consumer, batch, number, reduce)
         with suppress(_AllSeen), capture(self.look.model, [layer.name for layer in self.layers], hand):
             (self.look.forward or run_batch)(self.look.model, batch)
@@ -212,7 +224,9 @@ class _Hand:
         first = main_tensor(batch)
         if first is None or not first.ndim:
             raise ShapeError(f"batch {number} holds no tensor of samples")
-        self.samples, self.seen = first.shape[0], Counter[int]()
+        self.graph_of = graph_of_node(batch)
+        self.samples = first.shape[0] if self.graph_of is None else count_graphs(self.graph_of)
+        self.seen = Counter[int]()
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.counts: Tensor | None = None
         self.rows: dict[str, int] = {}
@@ -220,22 +234,31 @@ class _Hand:
     def __call__(self, position: int, output: Tensor) -> None:
         self.seen[position] += 1
         name = self.owner.look.label + self.owner.layers[position].name
-        if not output.ndim or output.shape[0] != self.samples:
+        if self.graph_of is None and (not output.ndim or output.shape[0] != self.samples):
             raise ShapeError(
                 f"layer {name!r} returned shape {tuple(output.shape)} for a batch of {self.samples}; "
                 "its first dimension must be the samples"
             )
         try:
-            rows = self.reduce(output, self.mask)
-        except ShapeError as error:
-            raise ShapeError(f"layer {name!r}: {error}") from error
-        if self.reduce.kind == "positions":
+            if self.graph_of is None:
+                rows = self.reduce(output, self.mask)
+            else:
+                rows = self.reduce.of_graphs(output, self.graph_of, self.samples)
+        except (ShapeError, ConfigError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from error
+        if self.reduce.many:
             self.rows[name] = len(rows)
-            self.counts = self.counts if len(self.rows) > 1 else self.reduce.counts(output, self.mask)
+            self.counts = self.counts if len(self.rows) > 1 else self._counts(output)
             _check_positions([self])
         self.consumer.take(self.owner.offset + position, rows)
         if self.owner.stops and len(self.seen) == len(self.owner.layers) and max(self.seen.values()) == 1:
             raise _AllSeen
+
+    def _counts(self, output: Tensor) -> Tensor | None:
+        """Rows of each sample."""
+        if self.graph_of is None:
+            return self.reduce.counts(output, self.mask)
+        return torch.bincount(self.graph_of, minlength=self.samples)
 
     def finish(self) -> None:
         for position, layer in enumerate(self.owner.layers):
@@ -262,6 +285,8 @@ def _copy(batch: Batch) -> Batch:
     """For a model that is not the last: an in-place first layer must not reach the next one's input."""
     if isinstance(batch, Tensor):
         return batch.clone()
+    if is_graph_object(batch):
+        return batch.clone()
     if isinstance(batch, Mapping):
         return {key: _copy(value) for key, value in batch.items()}
     return tuple(map(_copy, batch)) if isinstance(batch, tuple | list) else batch
@@ -270,6 +295,7 @@ def _copy(batch: Batch) -> Batch:
 def _checksum(batch: Batch) -> Tensor:
     """One number for the contents that a model is fed and their order, on their device."""
     fed = batch.values() if isinstance(batch, Mapping) else [main_tensor(batch)]
+    fed = fed_with(batch).values() if is_graph_object(batch) else fed
     parts = [_weighted_sum(t) * (k + 1) for k, t in enumerate(fed) if isinstance(t, Tensor) and t.ndim]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
@@ -290,6 +316,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with all its tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if is_graph_object(batch):
+        return moved(batch, device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -326,6 +354,8 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def _first_two(batch: Batch) -> Batch:
     """A copy of two samples, enough to see which layers run; an in-place layer then can't reach the batch."""
+    if holds_graphs(batch):
+        return first_graphs(batch)
     whole = main_tensor(batch)
     count = None if whole is None or not whole.ndim else whole.shape[0]
 
@@ -357,9 +387,12 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
     """
     rows: list[Tensor] = []
     masks: list[Tensor | None] = []
+    owners: list[Tensor | None] = []
 
     def keep(_position: int, activation: Tensor) -> None:
-        mask = masks[-1]
+        mask, owner = masks[-1], owners[-1]
+        if owner is not None and len(activation) == len(owner):
+            activation = pool_nodes(activation, owner, count_graphs(owner))
         if mask is not None and activation.ndim == 3 and activation.shape[:2] == mask.shape:
             pooled = masked_mean(activation, mask)
         else:
@@ -374,6 +407,7 @@ def features(model: nn.Module, loader: Iterable[Batch], layer: str | None = None
         for number, raw in enumerate(loader):
             batch = to_device(raw, device)
             masks[:] = [batch.get("attention_mask") if isinstance(batch, Mapping) else None]
+            owners[:] = [graph_of_node(batch)]
             if number == 0:
                 _keep_layer(stack, model, _first_two(batch), layer, keep)
             before = len(rows)
@@ -395,7 +429,7 @@ def _keep_layer(
             raise UnknownLayerError(f"{layer!r} means {len(chosen)} layers ({names}); name one")
         stack.enter_context(capture(model, [chosen[0].name], keep))
         return
-    example = few if isinstance(few, Mapping) else main_tensor(few)
+    example = few if isinstance(few, Mapping) or is_graph_object(few) else main_tensor(few)
     head = head_name(model, example) if layer is None and example is not None else ""
     if head:
         handle = model.get_submodule(head).register_forward_pre_hook(lambda _m, args: keep(0, args[0]))

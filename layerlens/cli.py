@@ -20,14 +20,15 @@ from layerlens.show import json_option, show
 model_option = click.option(
     "--model",
     help="resnet18-cifar[,width=16], resnet50-cifar[,width=16], resnet20-cifar … resnet56-cifar, convnet-quick, mlp, "
-    "torchvision:NAME, pkg.module:factory; for sentences hf:PATH, hf-config:bert-tiny,tokenizer=PATH.",
+    "torchvision:NAME, pkg.module:factory; for sentences hf:PATH, hf-config:bert-tiny,tokenizer=PATH; for graphs gin, "
+    "gcn, graphsage.",
 )
 KINDS_OF_DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, imagefolder:PATH, npz:PATH, pkg.module:factory; sentences: "
-    "text:PATH, pairs:PATH, sts:PATH."
+    "text:PATH, pairs:PATH, sts:PATH; graphs: tu:NAME@ROOT, graphs-npz:PATH."
 )
 data_option = click.option("--data", required=True, help=KINDS_OF_DATA)
-download_option = click.option("--download", is_flag=True, help="Fetch a missing CIFAR or SVHN.")
+download_option = click.option("--download", is_flag=True, help="Fetch a missing CIFAR, SVHN or TU data set.")
 checkpoint_option = click.option("--checkpoint", type=click.Path(), help="A .safetensors or .pt file.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
@@ -38,12 +39,17 @@ def analysis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--layers", default="auto", show_default=True, help="auto, blocks, all, or names and globs with commas."
         ),
-        click.option("--samples", default=1000, show_default=True, help="Images or sentences."),
+        click.option("--samples", default=1000, show_default=True, help="Images, sentences or graphs."),
         click.option("--batch-size", default=100, show_default=True, help="Of them per batch."),
         click.option("--split", default="test", show_default=True, help="test or train."),
         click.option("--kernel", default="linear", show_default=True, help="linear or rbf."),
         click.option("--estimator", default="minibatch", show_default=True, help="minibatch, debiased or biased."),
-        click.option("--reduce", default="flatten", show_default=True, help="flatten, pool or positions[,grid=N]."),
+        click.option(
+            "--reduce",
+            default="flatten",
+            show_default=True,
+            help="flatten, pool or positions[,grid=N]; of graphs graphs[,pool=mean] (meant by flatten) or nodes.",
+        ),
         click.option(
             "--memory-mib", default=2048.0, show_default=True, help="Bound for measures over all samples at once."
         ),
@@ -62,7 +68,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--input-shape", help="channels,height,width of the images, where the model does not tell.")
+@click.option("--input-shape", help="channels,height,width of the images; of graphs, the features of a node.")
 @json_option
 def layers(model: str, input_shape: str | None, as_json: bool) -> None:
     """List the layers of MODEL in execution order.
@@ -71,6 +77,7 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
     """
     import torch
 
+    from layerlens.graph_models import reads_graphs
     from layerlens.layers import discover
     from layerlens.models import build_model, default_input_shape, reads_sentences
 
@@ -87,7 +94,7 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
             raise click.UsageError(
                 f"{model!r} does not tell the shape of its input; give --input-shape channels,height,width"
             )
-        found = discover(network, torch.zeros(2, *shape))
+        found = discover(network, network.example() if reads_graphs(model) else torch.zeros(2, *shape))
     rows = [
         {
             "index": f.index, "name": f.name, "kind": f.kind, "shape": list(f.shape), "neurons": f.neurons,
@@ -101,7 +108,9 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 @cli.command()
 @click.option("--config", "config_file", type=click.Path(), help="TOML file with any setting; options here win.")
 @click.option("--recipe", help="A published setting, see `layerlens recipes`; options here win.")
-@click.option("--objective", help="simclr, supcon, moco or supervised; on sentences simcse, pairs or mlm.")
+@click.option(
+    "--objective", help="simclr, supcon, moco or supervised; on sentences simcse, pairs or mlm; on graphs graphcl."
+)
 @model_option
 @click.option("--data", help=KINDS_OF_DATA)
 @click.option("--epochs", type=int)
@@ -125,6 +134,7 @@ def layers(model: str, input_shape: str | None, as_json: bool) -> None:
 @click.option("--mlm-weight", type=float, help="Factor on a masked-LM loss beside simcse.")
 @click.option("--dev", help="sts:PATH: scored pairs, whose Spearman correlation is logged and the best kept.")
 @click.option("--dev-every", type=int, help="Steps between two looks at them; each epoch if left out.")
+@click.option("--graph-views", help="Of graphs: node-drop, edge-perturb, feature-mask, subgraph, with commas; or none.")
 @click.option("--precision", help="32-true, bf16-mixed or 16-mixed.")
 @click.option("--devices", type=int, help="GPUs, or processes on the CPU.")
 @click.option("--out", type=click.Path(), help="Run folder; runs/OBJECTIVE-IDENTITY by default.")
@@ -433,6 +443,8 @@ def recommend(
 @click.option("--run", type=click.Path(), help="Score every kept checkpoint of this run instead.")
 @click.option("--data", help="As for train; with --run another data set shows the transfer to it.")
 @click.option("--layer", help="Layer whose features are scored; the embedding (input of the head) by default.")
+@click.option("--folds", type=int, help="Of graphs: of the cross-validation; 10 by default.")
+@click.option("--splits", type=int, help="Of graphs: how often they are shared out into folds; 5 by default.")
 @click.option("-k", type=int, help="Neighbours; 200 by default.")
 @click.option("--protocol", help="Also a linear probe by SGD: deep-augmentation or moco.")
 @click.option("--finetune", type=int, metavar="EPOCHS", help="Also train the whole network with a classifier.")
@@ -446,6 +458,8 @@ def evaluate(
     run: str | None,
     data: str | None,
     layer: str | None,
+    folds: int | None,
+    splits: int | None,
     k: int | None,
     protocol: str | None,
     finetune: int | None,
@@ -456,9 +470,11 @@ def evaluate(
 ) -> None:
     """Score frozen features: k-NN and linear probe; on sts:PATH Spearman's correlation per task.
 
-    Offline test accuracy with the full training split as the bank; the weights stay as they are.
+    Offline test accuracy with the full training split as the bank; the weights stay as they are. Graphs: SVM and
+    logistic regression, 10-fold.
     """
     from layerlens.devices import pick_device
+    from layerlens.graphs import GraphDataset
     from layerlens.models import reads_sentences
     from layerlens.pipeline import embedding_name
     from layerlens.pipeline import evaluate as score
@@ -483,6 +499,15 @@ def evaluate(
         scores = score(network.to(where), dataset, layer=layer, protocol=protocol, watch=_watch)
         show([{"layer": name, **scores}], as_json)
         return
+    if isinstance(dataset, GraphDataset):
+        if k is not None or finetune is not None:
+            raise click.UsageError("-k and --finetune are for images; graphs are scored by cross-validation")
+        cut = {"folds": 10 if folds is None else folds, "splits": 5 if splits is None else splits}
+        scores = score(network.to(where), dataset, layer=layer, protocol=protocol, watch=_watch, **cut)
+        show([{"layer": name, **cut, **scores}], as_json)
+        return
+    if folds is not None or splits is not None:
+        raise click.UsageError("--folds and --splits are for graphs")
     k = 200 if k is None else k
     scores = score(network.to(where), dataset, layer=layer, k=k, protocol=protocol, watch=_watch)
     if finetune is not None and checkpoint is not None:
@@ -606,8 +631,13 @@ def _fail(text: str, code: int) -> None:
 
 
 def _overlay(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Options over a file's settings; those of Deep Augmentation and of sentences go into their tables."""
+    """Options over a file's settings; those of Deep Augmentation, sentences and graphs go into their tables."""
     settings, given = _overlay_text(settings, dict(given))
+    if (kinds := given.pop("graph_views", None)) is not None:
+        if not isinstance(settings.get("graph") or {}, dict):
+            raise click.UsageError(f"graph={settings['graph']!r} in the file; it is a table: [graph] with kinds = […]")
+        chosen = [] if kinds == "none" else [name.strip() for name in kinds.split(",")]
+        settings = {**settings, "graph": {**(settings.get("graph") or {}), "kinds": chosen}}
     if not isinstance(settings.get("augment", {}), dict):
         raise click.UsageError(f"augment={settings['augment']!r} in the file; it is a table: [augment] with layer = …")
     names = ("transform", "rate", "fraction", "stop_gradient")
@@ -670,11 +700,14 @@ def _say_cut(encoder: Any, sentences: Iterable[str]) -> None:
 
 
 def _data(spec: str, download: bool = False) -> Any:
-    """A data set; of sentences, what was read and what was left out is said on stderr."""
+    """A data set; of sentences and graphs, what was read and what was decided or left out is said on stderr."""
     from layerlens.data import load_data
+    from layerlens.graphs import GraphDataset, describe_graphs
     from layerlens.text import TextDataset, report
 
     dataset = load_data(spec, download=download)
+    if isinstance(dataset, GraphDataset):
+        _say(describe_graphs(dataset))
     if isinstance(dataset, TextDataset):
         click.echo(report(dataset), err=True)
     return dataset
@@ -702,7 +735,7 @@ def _evaluate_run(
     )
     folder = Path(out) if out else Path(run) / "analysis"
     stem = "scores" if data is None else "scores_" + re.sub(r"[^\w.=-]+", "_", data)
-    key = "knn" if "knn" in found.rows[0] else "mean"
+    key = next(key for key in ("knn", "svm", "mean") if key in found.rows[0])
     figures.save_figure(figures.score_curves({found.name: found}, key=key), folder / stem, found)
     if as_json:
         click.echo(found.to_json())

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerlens.batch_sizes import even_batches
 from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
+from layerlens.graph_batches import is_graph_object
+from layerlens.graphs import GRAPH_SOURCES, GraphDataset, dataset_from_graphs, load_graphs
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 from layerlens.text import TEXT_SOURCES, TextDataset, load_text
 
@@ -97,7 +100,7 @@ class Dataset:
         return Batches(self, images, labels, torch.arange(len(images)), batch_size)
 
 
-AnyDataset = Dataset | TextDataset
+AnyDataset = Dataset | TextDataset | GraphDataset
 
 
 class Batches:
@@ -119,16 +122,6 @@ class Batches:
             yield self.dataset.normalize(self.images[rows]), labels
 
 
-def even_batches(samples: int, batch_size: int) -> int:
-    """How many batches of nearly equal size, none too short for a statistic.
-
-    >>> even_batches(1000, 100), even_batches(101, 100)
-    (10, 2)
-    """
-    fewest = min(4, batch_size)  # what an unbiased HSIC needs, unless still less was asked for
-    return min(-(-samples // batch_size), max(samples // fewest, 1))
-
-
 def to_unit(images: Tensor) -> Tensor:
     """Images as float32 in [0, 1], whatever they are stored as."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
@@ -141,8 +134,9 @@ def load_data(spec: str, *, download: bool = False) -> AnyDataset:
         spec: `digits`, `cifar10:ROOT`, `cifar100:ROOT`, `svhn:ROOT`, `imagefolder:PATH`, `npz:PATH` or
             `pkg.module:factory`; `,normalize=imagenet` or `,normalize=none` replaces the statistics of the
             training split, and `,classes=0-4` keeps the images of these classes alone. For sentences, `text:PATH`,
-            `pairs:PATH` or `sts:PATH`, see `text.load_text`.
-        download: Let torchvision fetch a missing CIFAR or SVHN.
+            `pairs:PATH` or `sts:PATH`, see `text.load_text`; for graphs `tu:NAME@ROOT` or `graphs-npz:PATH`, see
+            `graphs.load_graphs`.
+        download: Let torchvision fetch a missing CIFAR or SVHN, or torch_geometric a missing TU data set.
 
     Raises:
         UnknownNameError: No such kind of data.
@@ -151,14 +145,19 @@ def load_data(spec: str, *, download: bool = False) -> AnyDataset:
     parsed = parse_spec(spec)
     if parsed.kind in TEXT_SOURCES:
         return load_text(parsed)
+    if parsed.kind in GRAPH_SOURCES:
+        return load_graphs(parsed, download=download)
     if parsed.kind in SOURCES:
         read, options = SOURCES[parsed.kind]
         parsed.check_options({*options, *_COMMON})
         made = read(parsed, download)
     elif is_factory(parsed):
-        made = _from_factory(parsed)
+        found = _from_factory(parsed)
+        if isinstance(found, GraphDataset):
+            return found
+        made = found
     else:
-        known = [*SOURCES, *TEXT_SOURCES]
+        known = [*SOURCES, *TEXT_SOURCES, *GRAPH_SOURCES]
         raise UnknownNameError(f"unknown data {spec!r}; {closest(parsed.kind, known)}, or pkg.module:factory")
     if "classes" in parsed.options and parsed.kind in SOURCES:  # a factory has options of its own
         made = _of_classes(made, str(parsed.options["classes"]))
@@ -369,15 +368,20 @@ def _npz(spec: Spec, download: bool) -> Dataset:
     )  # fmt: skip
 
 
-def _from_factory(spec: Spec) -> Dataset:
+def _from_factory(spec: Spec) -> Dataset | GraphDataset:
     options = {key: value for key, value in spec.options.items() if key != "normalize"}
     made = call_factory(spec, options, SOURCES)
-    if isinstance(made, Dataset):
+    if isinstance(made, Dataset | GraphDataset):
         return made
+    if isinstance(made, list | tuple) and made and all(is_graph_object(graph) for graph in made):
+        return dataset_from_graphs(spec.text, made)
     if isinstance(made, dict):
         made = tuple(made.get(key) for key in ("x_train", "y_train", "x_test", "y_test"))
     if not isinstance(made, tuple) or len(made) != 4:
-        raise DataError(f"{spec.text} must return a Dataset, a dict or a tuple (x_train, y_train, x_test, y_test)")
+        raise DataError(
+            f"{spec.text} must return a Dataset, a dict or a tuple (x_train, y_train, x_test, y_test), or a list of "
+            "graphs"
+        )
     return dataset_from_arrays(spec.text, *made)
 
 

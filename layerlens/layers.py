@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, closest
+from layerlens.graph_batches import NODE, is_graph_object, run_graphs, with_node_features
 from layerlens.untouched import observed, trial_run
 
 INPUT = "input"
@@ -175,7 +176,12 @@ def split_at(
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on what loaders yield: a tensor, a tuple that begins with the input, or a mapping of arguments."""
+    """Run a model on what loaders yield: a tensor, a tuple that begins with the input, or a mapping of arguments.
+
+    On torch_geometric's batch by `x, edge_index, batch`, or by the batch itself if its forward names no `edge_index`.
+    """
+    if is_graph_object(batch):
+        return run_graphs(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -194,6 +200,8 @@ def replace_main_tensor(output: Any, new: Tensor) -> Any:
     """The same structure with its main tensor replaced; the original is left as it was."""
     if isinstance(output, Tensor):
         return new
+    if is_graph_object(output):
+        return with_node_features(output, new)
     for position, part in enumerate(_parts(output)):
         if main_tensor(part) is not None:
             return _with_part(output, position, replace_main_tensor(part, new))
@@ -338,6 +346,8 @@ def _parts(output: Any) -> Sequence[Any]:
         return list(output.values())
     if isinstance(output, tuple | list):
         return output
+    if is_graph_object(output):
+        return [getattr(output, NODE)]
     if is_dataclass(output) and not isinstance(output, type):
         return [getattr(output, field.name) for field in fields(output)]
     return []

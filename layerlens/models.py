@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from layerlens.devices import device_of
 from layerlens.errors import ConfigError, DownloadError, ShapeError, UnknownNameError, closest
+from layerlens.graph_models import GRAPH_MODELS, build_graph_encoder
+from layerlens.layers import run_batch
 from layerlens.specs import Spec, call_factory, is_factory, parse_spec
 from layerlens.untouched import observed, seed_everything, trial_run, untouched
 
@@ -174,8 +176,10 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
     Args:
         spec: `resnet18-cifar`, `resnet50-cifar`, `resnet20-cifar` (32, 44, 56), `convnet-quick`, `mlp`,
             `torchvision:NAME` or `pkg.module:factory`, with options behind: `resnet18-cifar,width=16`; for sentences
-            `hf:NAME_OR_PATH` or `hf-config:NAME`, see `build_encoder`.
-        input_shape: (channels, height, width) of the images; (3, 32, 32) where the model may choose.
+            `hf:NAME_OR_PATH` or `hf-config:NAME`, see `build_encoder`; for graphs `gin`, `gcn` or `graphsage`, see
+            `build_graph_encoder`.
+        input_shape: (channels, height, width) of the images; (3, 32, 32) where the model may choose. Of graphs,
+            (features,) of a node.
         classes: Outputs of the classifier, unless the specification says.
 
     Raises:
@@ -188,6 +192,8 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
         from layerlens.encoders import build_encoder
 
         return build_encoder(spec)
+    if parsed.kind in GRAPH_MODELS:
+        return build_graph_encoder(parsed, features=input_shape[0] if input_shape else None)
     options = dict(parsed.options)
     if parsed.kind in FAMILIES:
         build, allowed = FAMILIES[parsed.kind]
@@ -202,10 +208,8 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
         if not isinstance(made, nn.Module):
             raise ConfigError(f"{spec!r} must return a torch.nn.Module; it returned {type(made).__name__}")
         return made
-    raise UnknownNameError(
-        f"unknown model {spec!r}; {closest(parsed.kind, [*FAMILIES, 'torchvision:NAME', 'hf:PATH'])}, or "
-        "pkg.module:factory"
-    )
+    known = [*FAMILIES, *GRAPH_MODELS, "torchvision:NAME", "hf:PATH"]
+    raise UnknownNameError(f"unknown model {spec!r}; {closest(parsed.kind, known)}, or pkg.module:factory")
 
 
 def reads_sentences(spec: str) -> bool:
@@ -218,15 +222,17 @@ def reads_sentences(spec: str) -> bool:
 
 
 def default_input_shape(spec: str) -> Shape | None:
-    """The image shape that a model is usually fed, or None if only its author knows."""
+    """The image shape that a model is usually fed, or None if only its author knows; of graphs, (features,)."""
     kind = parse_spec(spec).kind
+    if kind in GRAPH_MODELS:
+        return (int(parse_spec(spec).options.get("features", 1)),)
     return (3, 32, 32) if kind in FAMILIES else (3, 224, 224) if kind == "torchvision" else None
 
 
 def runs_only_layerlens_code(spec: str) -> bool:
-    """Whether building the specification imports nothing but layerlens and torchvision (so a file may name it)."""
+    """Whether building the specification imports nothing but layerlens and its libraries (so a file may name it)."""
     kind = parse_spec(spec).kind
-    return kind in FAMILIES or kind == "torchvision"
+    return kind in FAMILIES or kind in GRAPH_MODELS or kind == "torchvision"
 
 
 def replace_head(model: nn.Module, example: Tensor, head: Callable[[int], nn.Module]) -> tuple[nn.Module, str]:
@@ -311,7 +317,7 @@ def _endings(model: nn.Module, example: Example) -> tuple[list[tuple[str, Any]],
     """Every submodule's output by name, in the order in which they finish, and the model's."""
     seen: list[tuple[str, Any]] = []
     with observed(model, lambda name, _m, out: seen.append((name, out))), trial_run(example):
-        final = model(**example) if isinstance(example, Mapping) else model(example)
+        final = run_batch(model, example)
     return seen, final
 
 

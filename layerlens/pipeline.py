@@ -29,16 +29,19 @@ from layerlens.analysis.results import (
     SimilarityMatrix,
 )
 from layerlens.analysis.similarity import Settle, sample_influence, similarity_matrix
+from layerlens.augment.graph_views import GraphViews
 from layerlens.augment.views import Views, usual_views
 from layerlens.data import SPLITS, AnyDataset, Batches, Dataset, load_data, to_unit
 from layerlens.devices import device_of
 from layerlens.encoders import SentenceEncoder, same_tokens
 from layerlens.errors import ConfigError, DegenerateError, RunFolderError, check_known
 from layerlens.evaluation.classifier import classifier_accuracy
+from layerlens.evaluation.graphs import graph_scores
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.probe import PROTOCOLS, linear_probe, probe_accuracy
 from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.files import read_json, write_json
+from layerlens.graphs import GraphBatches, GraphDataset
 from layerlens.models import head_name
 from layerlens.provenance import provenance
 from layerlens.recommendation import Recommendation, recommend
@@ -67,7 +70,8 @@ class Settings:
         batch_size: Images per batch.
         split: `test` or `train`. No labels are used.
         kernel, estimator: Of the CKA, see `cka_matrix`.
-        reduce: How maps become rows: `flatten`, `pool` or `positions`, see `reduction.Reduction`.
+        reduce: How maps become rows: `flatten`, `pool` or `positions`, see `reduction.Reduction`. Of graphs `graphs`
+            (which `flatten` means there) or `nodes`; the default layers are then those that have nodes.
         memory_mib: Bound for measures over all samples at once.
         level: Confidence of all intervals.
         seed: Of the choice of images, their views, the twin's weights and the resampling.
@@ -97,6 +101,14 @@ class Settings:
         if not 0 < self.memory_mib < float("inf"):
             raise ConfigError(f"memory_mib={self.memory_mib}; allowed: above 0")
         make_reduction(self.reduce)
+
+    def on(self, dataset: AnyDataset, network: nn.Module) -> Settings:
+        """These settings with what they mean on a kind of data filled in."""
+        if not isinstance(dataset, GraphDataset):
+            return self
+        reduce = "graphs" if self.reduce == "flatten" else self.reduce
+        nodes = getattr(network, "node_layers", ()) if reduce == "nodes" and self.layers == "auto" else ()
+        return replace(self, reduce=reduce, layers=",".join(nodes) or self.layers)
 
     @property
     def cka(self) -> str:
@@ -188,7 +200,7 @@ def analyze(
     Raises:
         UnknownLayerError, NonFiniteError, BatchTooSmallError: As `cka_matrix`.
     """
-    chosen, see = settings or Settings(), watch or silent
+    chosen, see = (settings or Settings()).on(dataset, network), watch or silent
     batches = batches_of(dataset, chosen, network)
     matrix = similarity_matrix(
         network, see(batches, f"CKA {label}"), chosen.layers, measure=chosen.cka, reduce=chosen.reduce,
@@ -208,9 +220,14 @@ def analyze(
 
 
 def measure_geometry(
-    network: nn.Module, dataset: AnyDataset, settings: Settings, *, epoch: int | None = None, views: Views | None = None
+    network: nn.Module,
+    dataset: AnyDataset,
+    settings: Settings,
+    *,
+    epoch: int | None = None,
+    views: Views | GraphViews | None = None,
 ) -> Geometry:
-    """Alignment and uniformity of the embedding (what goes into the head) under two random views of each image.
+    """Alignment and uniformity of the embedding (what goes into the head) under two random views of each sample.
 
     Both are NaN where an embedding is zero: a network that far collapsed is a finding, not an error. On sentences see
     `text_geometry`: the positive pairs are those that people scored as alike; without scores there is no alignment.
@@ -219,11 +236,8 @@ def measure_geometry(
         sentences = [] if dataset.tasks else batches_of(dataset, settings, network).chosen()
         close, spread, count = text_geometry(network, dataset.tasks, sentences)
         return Geometry(alignment=close, uniformity=spread, samples=count, split=settings.split, epoch=epoch)
-    views = views or usual_views(flip=dataset.flip)
-    batches = dataset.batches(
-        settings.split, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed
-    )
-    first, second = (features(network, _Viewed(batches, views, (settings.seed, side))) for side in (0, 1))
+    batches, see = batches_of(dataset, settings, network), _viewer(dataset, views)
+    first, second = (features(network, _Viewed(batches, see, (settings.seed, side))) for side in (0, 1))
     try:
         numbers = alignment(first, second), uniformity(first)
     except DegenerateError:
@@ -238,6 +252,9 @@ def evaluate(
     layer: str | None = None,
     k: int = 200,
     protocol: str | None = None,
+    folds: int = 10,
+    splits: int = 1,
+    seed: int = 0,
     watch: Watch[Any] | None = None,
 ) -> dict[str, float]:
     """Offline test accuracy: weighted k-NN (k and 10) and linear probe on frozen features, and the classifier's own.
@@ -248,18 +265,28 @@ def evaluate(
         layer: Layer name; the embedding by default, see `features`.
         k: Neighbours.
         protocol: Also train a linear classifier by SGD as published, see `probe.PROTOCOLS`.
+        folds, splits, seed: Of graphs: of the cross-validation, how often it is repeated, and its seed; see
+            `graph_scores`.
         watch: For a progress bar.
 
     Returns:
         `knn`, `knn10`, `probe` (logistic regression), `linear` with a protocol, and `top1` if the network ends in a
         linear layer with one output per class; in [0, 1]. On scored pairs of sentences the Spearman correlation of
-        each task and their `mean`, see `sts_scores`; in [-1, 1].
+        each task and their `mean`, see `sts_scores`; in [-1, 1]. On graphs `svm` and `probe`, see `graph_scores`.
 
     Raises:
         ConfigError: The data have no labels, or the sentences no scores.
     """
     if isinstance(dataset, TextDataset):
         return _evaluate_text(network, dataset, layer, protocol)
+    if isinstance(dataset, GraphDataset):
+        if protocol is not None:
+            raise ConfigError(f"protocol={protocol!r} is for images; graphs are scored by cross-validation")
+        if dataset.y is None:
+            raise ConfigError(f"{dataset.name} has no classes; SVM and logistic regression need one for each graph")
+        see = watch or silent
+        found = features(network, see(dataset.in_order(), "features"), layer)
+        return graph_scores(found, dataset.y, folds=folds, splits=splits, seed=seed, watch=see)
     if k < 1:
         raise ConfigError(f"k={k}; allowed: 1 or more")
     if protocol is not None:
@@ -311,6 +338,7 @@ def analyze_checkpoint(
     """
     chosen = settings or Settings()
     network, metadata = load_network(checkpoint, model=model, dataset=dataset, seed=chosen.seed)
+    chosen = chosen.on(dataset, network)
     facts = {
         "checkpoint": Path(checkpoint).name if checkpoint else None,
         "sha256": fingerprint(checkpoint) if checkpoint else None,
@@ -337,7 +365,7 @@ def measure_network(
     measure: str,
     *,
     settings: Settings | None = None,
-    views: Views | None = None,
+    views: Views | GraphViews | None = None,
     groups: int = 10,
     permutations: int = 0,
     tolerance: float | None = None,
@@ -355,7 +383,7 @@ def measure_network(
         groups, permutations, tolerance, settle: As for `similarity_matrix`.
         watch: For a progress bar.
     """
-    chosen, see = settings or Settings(), watch or silent
+    chosen, see = (settings or Settings()).on(dataset, network), watch or silent
     found, _ = parse_measure(measure)
     batches = batches_of(dataset, chosen, network)
     common: dict[str, Any] = {
@@ -372,9 +400,7 @@ def measure_network(
         return matrix
     if permutations or tolerance is not None or settle is not None:
         raise ConfigError(f"{found.name} is a measure of single layers; permutations and tolerance are for pairs")
-    view = None
-    if isinstance(dataset, Dataset):
-        view = _view_of(dataset, views or usual_views(flip=dataset.flip), chosen.seed)
+    view = None if isinstance(dataset, TextDataset) else _view_of(dataset, views, chosen.seed)
     return measure_layers(network, loader, chosen.layers, measure=measure, views=view, **common)
 
 
@@ -391,7 +417,7 @@ def influence_of_samples(
     network: nn.Module, dataset: AnyDataset, settings: Settings, *, watch: Watch[Any] | None = None
 ) -> SampleInfluence:
     """How much single images move the CKA matrix; `index` counts within the images that the settings choose."""
-    see = watch or silent
+    see, settings = watch or silent, settings.on(dataset, network)
     batches = batches_of(dataset, settings, network)
     return sample_influence(
         network, see(batches, "influence"), settings.layers, kernel=settings.kernel, estimator=settings.estimator,
@@ -422,7 +448,7 @@ def compare(
         labels: What figures call the two.
         groups, permutations: As for `similarity_matrix`.
     """
-    chosen, see = settings or Settings(), watch or silent
+    chosen, see = (settings or Settings()).on(dataset, first), watch or silent
     batches = batches_of(dataset, chosen, first, second)
     found = similarity_matrix(
         first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or chosen.layers,
@@ -508,8 +534,8 @@ def analyze_run(
     for path in see(paths, "geometry"):
         network, metadata = load_network(path, model=model, dataset=dataset)
         network = network.to(device)
-        views = Views(**config.views.model_dump()) if config.views else None
-        trajectory.append(measure_geometry(network, judged, chosen, epoch=metadata.get("epoch"), views=views))
+        epoch = metadata.get("epoch")
+        trajectory.append(measure_geometry(network, judged, chosen, epoch=epoch, views=views_of(config)))
     after, twin = analyze_checkpoint(paths[-1], dataset, model=model, settings=chosen, device=device, watch=see)
     assert twin is not None
     made = RunAnalysis(
@@ -535,6 +561,13 @@ def run_folders(paths: Iterable[str | Path]) -> list[Path]:
     if len(set(names)) != len(names):
         raise RunFolderError(f"runs in one report need different folder names; got {names}. Rename one")
     return folders
+
+
+def views_of(config: RunConfig) -> Views | GraphViews | None:
+    """The random views that a run trained on; None for the data's usual ones."""
+    if config.graph is not None and config.graph.kinds:
+        return GraphViews(**config.graph.model_dump())
+    return Views(**config.views.model_dump()) if config.views else None
 
 
 def own_data(config: RunConfig, folder: str | Path) -> AnyDataset:
@@ -589,7 +622,7 @@ def batches_of(dataset: AnyDataset, settings: Settings, *networks: nn.Module) ->
         ConfigError: Networks that cut sentences into other tokens each.
     """
     chosen = {"samples": settings.samples, "batch_size": settings.batch_size, "seed": settings.seed}
-    if isinstance(dataset, Dataset):
+    if isinstance(dataset, Dataset | GraphDataset):
         return dataset.batches(settings.split, **chosen)
     encoders = [network for network in networks if isinstance(network, SentenceEncoder)]
     if len(encoders) < len(networks):
@@ -608,30 +641,39 @@ def embedding_name(network: nn.Module, dataset: AnyDataset) -> str:
     return f"input of {head}" if head else "output"
 
 
-def _view_of(dataset: Dataset, views: Views, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from a normalised batch to a normalised random view of it; the same views in every run."""
-    generator = torch.Generator().manual_seed(seed)
+def _view_of(dataset: Dataset | GraphDataset, views: Views | GraphViews | None, seed: int) -> Callable[[Any], Any]:
+    """A function from a batch as networks see it to a random view of it; the same views in every run."""
+    generator, viewer = torch.Generator().manual_seed(seed), _viewer(dataset, views)
+    if isinstance(dataset, GraphDataset):
+        device = lambda batch: next(iter(batch.values())).device  # noqa: E731
+        return lambda batch: to_device(viewer(to_device(batch, torch.device("cpu")), generator), device(batch))
     mean = torch.tensor(dataset.mean).view(-1, 1, 1)
     std = torch.tensor(dataset.std).view(-1, 1, 1)
+    return lambda images: viewer((images.cpu() * std + mean).clamp(0, 1), generator).to(images.device)
 
-    def view(images: torch.Tensor) -> torch.Tensor:
-        seen = views((images.cpu() * std + mean).clamp(0, 1), generator)
-        return dataset.normalize(seen).to(images.device)
 
-    return view
+def _viewer(dataset: Dataset | GraphDataset, views: Views | GraphViews | None) -> Callable[[Any, torch.Generator], Any]:
+    """A function from images in [0, 1], or from a batch of graphs, to what networks see of a random view."""
+    if isinstance(dataset, GraphDataset):
+        return views if isinstance(views, GraphViews) else GraphViews()
+    chosen = views if isinstance(views, Views) else usual_views(flip=dataset.flip)
+    return lambda images, generator: dataset.normalize(chosen(images, generator))
 
 
 class _Viewed:
-    """The images of some batches under one random view each, the same at every iteration."""
+    """The samples of some batches under one random view each, the same at every iteration."""
 
-    def __init__(self, batches: Batches, views: Views, seed: tuple[int, int]) -> None:
-        self.batches, self.views, self.seed = batches, views, seed
+    def __init__(
+        self, batches: Batches | GraphBatches, see: Callable[[Any, torch.Generator], Any], seed: tuple[int, int]
+    ) -> None:
+        self.batches, self.see, self.seed = batches, see, seed
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(2 * self.seed[0] + self.seed[1] + 1)
         for rows in self.batches.order.tensor_split(len(self.batches)):
-            images = to_unit(self.batches.images[rows])
-            yield self.batches.dataset.normalize(self.views(images, generator))
+            batches = self.batches
+            shown = batches.graphs.pick(rows) if isinstance(batches, GraphBatches) else to_unit(batches.images[rows])
+            yield self.see(shown, generator)
 
 
 def _evaluate_text(

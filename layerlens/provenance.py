@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("layerlens-torch", "torch", "torchvision", "numpy", "scikit-learn")
-_EXTRAS = ("transformers", "tokenizers", "sentence-transformers")  # named where they are installed
+_EXTRAS = ("transformers", "tokenizers", "sentence-transformers", "torch-geometric")  # named where they are installed
 
 
 @cache

@@ -15,7 +15,13 @@ from layerlens.errors import ShapeError
 from layerlens.files import write_atomically, write_json
 from layerlens.pipeline import RunAnalysis
 
-_SCORES = {"knn": "k-NN (k = 200)", "knn10": "k-NN (k = 10)", "probe": "linear probe", "top1": "classifier"}
+_SCORES = {
+    "knn": "k-NN (k = 200)",
+    "knn10": "k-NN (k = 10)",
+    "probe": "linear probe",
+    "top1": "classifier",
+    "svm": "SVM",
+}
 
 
 def write_report(runs: Sequence[RunAnalysis], folder: str | Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlens.data import even_batches
+from layerlens.batch_sizes import even_batches
 from layerlens.encoders import SentenceEncoder
 from layerlens.text import TextDataset
 

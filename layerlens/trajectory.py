@@ -53,6 +53,7 @@ def evaluate_run(
     k: int = 200,
     protocol: str | None = None,
     labelled: bool = True,
+    last: bool = False,
     settings: Settings | None = None,
     device: str | torch.device = "cpu",
     watch: Watch[Any] | None = None,
@@ -67,6 +68,7 @@ def evaluate_run(
         model: Specification, where the run's model is somebody's factory.
         k, protocol: As for `evaluate`.
         labelled: Whether to score; without, only the geometry is measured, which needs no labels.
+        last: Only the last checkpoint.
         settings: Images and seed of the geometry; `split` is not used, both are measured.
         device: Where to run.
         watch: For a progress bar.
@@ -79,10 +81,10 @@ def evaluate_run(
     config, result = read_run_config(folder), read_result(folder)
     data = dataset or own_data(config, folder)
     rows = []
-    for name in see(result.checkpoints, "checkpoints"):
+    for name in see(result.checkpoints[-1:] if last else result.checkpoints, "checkpoints"):
         network, metadata = load_network(folder / name, model=model, dataset=data)
         network = network.to(device)
-        scores = evaluate(network, data, k=k, protocol=protocol) if labelled else {}
+        scores = evaluate(network, data, k=k, protocol=protocol, seed=config.seed) if labelled else {}
         row: dict[str, Any] = {"epoch": metadata.get("epoch"), **scores}
         for split in reversed(SPLITS) if isinstance(data, Dataset) else ("test",):
             views = usual_views(flip=data.flip) if isinstance(data, Dataset) else None
@@ -126,7 +128,7 @@ def finetune(
         ConfigError: Data without labels, or an unknown setting.
     """
     if not isinstance(dataset, Dataset) or dataset.y_test is None:
-        raise ConfigError(f"{dataset.name} has no labels; fine-tuning needs y_train and y_test")
+        raise ConfigError(f"{dataset.name} has no labelled images; fine-tuning needs y_train and y_test")
     spec = model or load_network(checkpoint, dataset=dataset)[1].get("model")
     fields = {
         "objective": "supervised", "model": spec, "data": dataset.name, "epochs": epochs, "init": str(checkpoint),

@@ -84,7 +84,9 @@ class StreamingCKA:
         if permutations < 0:
             raise ConfigError(f"permutations={permutations}; allowed: 0 or more")
         if positions and (kernel != "linear" or influence or permutations):
-            raise ConfigError("positions as samples allow the linear kernel only, without influence or permutations")
+            raise ConfigError(
+                "positions or nodes as samples allow the linear kernel only, without influence or permutations"
+            )
         self.layers, self.kernel, self.rbf_factor, self.level = tuple(layers), kernel, rbf_factor, level
         self.errors, self.keep_each, self.permutations = errors, influence, permutations
         self.positions, self.check, self.seed = positions, check, seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from layerlens.analysis.resampling import jackknife_intervals
 from layerlens.analysis.results import Array, Caution, LayerProfile
 from layerlens.analysis.rows import RowStore, owners
 from layerlens.errors import ConfigError, DegenerateError, LayerlensError, check_known
-from layerlens.layers import Batch, Forward, Layer, main_tensor, replace_main_tensor, run_batch
+from layerlens.graph_batches import holds_graphs
+from layerlens.layers import Batch, Forward, Layer, main_tensor, replace_main_tensor
 from layerlens.reduction import Reduction, make_reduction
 
 _RANKS = {"effective_rank": 1, "participation_ratio": 1, "rankme": 0}  # directions that centring takes away
-Views = Callable[[Tensor], Tensor]
+Views = Callable[[Any], Any]  # of a tensor of inputs, or of a batch of graphs
 
 
 def measure_layers(
@@ -46,8 +48,8 @@ def measure_layers(
             `intrinsic_dimension,discard=0.05`, `alignment`, `diversity,views=4`.
         estimator: `minibatch`: the mean over batches; a batch of n samples can't show a rank above n - 1, so compare
             only equal batch sizes. `whole-set`: of all samples at once. By default the first that the measure has.
-        views: Makes a random view of each sample of a batch's input tensor; alignment, invariance and diversity
-            need it.
+        views: Makes a random view of each sample of a batch's input tensor, or of a whole batch of graphs; alignment,
+            invariance and diversity need it.
         level: Confidence of the intervals: over batches, or from a jackknife over groups of samples.
         groups: Of that jackknife; 0 for no intervals.
         memory_mib: For whole-set measures: half of it is for rows in memory, the others go to temporary files.
@@ -96,14 +98,13 @@ def _looks(measure: Measure, options: dict[str, Any], look: Look, views: Views |
     count = int(options.get("views", 2))
     if count < (1 if measure.name == "invariance" else 2):
         raise ConfigError(f"views={count}; {measure.name} needs {1 if measure.name == 'invariance' else 2} or more")
-    run = look.forward or run_batch
 
-    def see(model: nn.Module, batch: Batch) -> Any:
+    def view(batch: Batch) -> Batch:
         inputs = main_tensor(batch)
         assert inputs is not None
-        return run(model, replace_main_tensor(batch, views(inputs)))
+        return views(batch) if holds_graphs(batch) else replace_main_tensor(batch, views(inputs))
 
-    viewed = Look(look.model, look.layers, see)
+    viewed = replace(look, view=view)
     return [*([look] if measure.name == "invariance" else []), *[viewed] * count]
 
 

@@ -56,7 +56,8 @@ def similarity_matrix(
 
     Args:
         model: Any module, on any device; it runs in eval mode.
-        loader: Batches: tensors, tuples whose first entry is the input, or mappings of arguments. Read once.
+        loader: Batches: tensors, tuples whose first entry is the input, mappings of arguments, or torch_geometric's
+            batches of graphs. Read once.
         layers: `auto`, `blocks`, `all`, or names and globs, see `layers.select`.
         other: A second model; the result is then the rectangle of the first's layers by the second's.
         other_layers: Which of its layers.
@@ -64,7 +65,8 @@ def similarity_matrix(
             `cka,estimator=debiased`, `svcca,variance=0.9`, `mutual_knn,k=20`. CKA's `minibatch` estimator streams:
             HSIC₁ averaged over batches (by their sizes), then one ratio, with memory of L·n² for batches of n. All
             else is exact over all samples at once.
-        reduce: How maps become rows: `flatten`, `pool` or `positions`, see `reduction.Reduction`.
+        reduce: How maps become rows: `flatten`, `pool` or `positions`, of graphs `graphs` or `nodes`, see
+            `reduction.Reduction`.
         level: Confidence of the intervals. For CKA they come from its sampling error; for other measures from a
             jackknife over groups of samples, less the bias that falls with 1/n.
         groups: Of that jackknife, each of which costs another evaluation; 0 for no intervals.
@@ -96,9 +98,10 @@ def similarity_matrix(
     found, options = parse_measure(measure, over=("pairs",))
     reduction, fold = make_reduction(reduce), Projection(projection, seed) if projection else None
     _check_settings(found.name, options, tolerance=tolerance, settle=settle, sharded=sharded, labels=labels)
-    if permutations and reduction.kind == "positions":
+    if permutations and reduction.many:
         raise ConfigError(
-            "positions as samples allow the linear kernel only, and no permutations: they belong together by sample"
+            "positions or nodes as samples allow the linear kernel only, and no permutations: they belong together by "
+            "sample"
         )
     looks = [Look(model, layers, forward, "" if other is None else f"{labels[0]}:")]
     if other is not None:
@@ -110,7 +113,7 @@ def similarity_matrix(
         if found.name == "cka":
             inner = _cka_accumulator(
                 names, options, level=level, permutations=permutations, memory_mib=memory_mib, check=check,
-                positions=reduction.kind == "positions", seed=seed,
+                positions=reduction.many, seed=seed,
             )  # fmt: skip
         else:
             split = len(parts[0]) if len(parts) == 2 else 0
@@ -190,8 +193,8 @@ def sample_influence(
     """
     check_known("estimator", estimator, ESTIMATORS[:2])
     reduction = make_reduction(reduce)
-    if reduction.kind == "positions":
-        raise ConfigError("influence is of single samples; use reduce='flatten' or 'pool'")
+    if reduction.many:
+        raise ConfigError("influence is of single samples; use reduce='flatten' or 'pool', of graphs 'graphs'")
     options = {"kernel": kernel, "rbf_factor": 1.0, "estimator": estimator}
     state: list[StreamingCKA] = []
 

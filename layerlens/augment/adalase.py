@@ -158,7 +158,9 @@ class _Position:
     def __init__(self, adalase: AdaLASE, layer: str) -> None:
         self.adalase, self.layer = adalase, layer
 
-    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    def augment(self, h: Tensor, mask: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
+        if owner is not None:
+            raise ConfigError(f"AdaLASE knows no graphs; {self.layer!r} has a row per node. Use DeepAugmentation there")
         active = self.adalase.active
         if active is None or self.adalase.arms[active][0] != self.layer:
             return h

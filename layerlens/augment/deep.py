@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from layerlens.augment.transforms import (
     dropout,
     dropout_channels,
+    dropout_channels_of_graphs,
+    dropout_nodes,
     dropout_positions,
     gaussian_noise,
     real_positions,
     remove_principal_components,
 )
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, check_known, closest
+from layerlens.graph_batches import OWNER, count_graphs, graph_of_node, holds_graphs
 from layerlens.layers import INPUT, call_names, main_tensor, replace_main_tensor
 
 A = TypeVar("A", bound="Attachable")
@@ -29,6 +32,7 @@ RANDOM = {
     "position-dropout": dropout_positions,
     "noise": gaussian_noise,
 }
+RANDOM_OF_NODES = {"channel-dropout": dropout_channels_of_graphs, "position-dropout": dropout_nodes}
 TRANSFORMS = (*RANDOM, "pca")
 PAIRS = ("independent", "one")
 MASK = "attention_mask"
@@ -79,6 +83,10 @@ class DeepAugmentation(Attachable):
 
     Padding stays as it is and enters no statistic where the model is called with an `attention_mask` (n, t), or with
     a mapping that holds one, and the layer gives (n, t, d).
+
+    Samples are graphs where the model is called with `batch`, the graph of each node, or with torch_geometric's own
+    batch: the nodes of a graph are transformed together or not at all, at layers with a row per node. `pca` is over
+    nodes there, `position-dropout` drops nodes, `channel-dropout` a feature of all nodes of a graph.
 
     Args:
         layer: Layer name, or several; `name#k` for the k-th call of a module that runs often in a pass; `input` for
@@ -148,12 +156,13 @@ class DeepAugmentation(Attachable):
             raise ConfigError("this DeepAugmentation is attached already; call detach() first")
         self._hang(model, ((layer, self) for layer in self.layers))
 
-    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    def augment(self, h: Tensor, mask: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
         """Apply the operator to one batch of activations, shape (n, …).
 
         Args:
             h: Activations.
             mask: Shape (n, t) of activations (n, t, d): nonzero marks a token, zero padding, which stays as it is.
+            owner: The graph of each node, shape (n,), where the rows are nodes: the samples are then the graphs.
 
         Raises:
             ShapeError: A mask that does not fit, activations without the positions that the transform needs, or
@@ -161,11 +170,12 @@ class DeepAugmentation(Attachable):
         """
         if self.fraction == 0 or self._resting:
             return h
-        chosen = self._views(h) if self.pairs == "one" else self._draw(h.shape[0], h.device) <= self.fraction
-        chosen = chosen.view(-1, *[1] * (h.ndim - 1))
+        count = h.shape[0] if owner is None else count_graphs(owner)
+        chosen = self._views(count, h.device) if self.pairs == "one" else self._draw(count, h.device) <= self.fraction
+        chosen = (chosen if owner is None else chosen[owner]).view(-1, *[1] * (h.ndim - 1))
         if (real := real_positions(h, mask)) is not None:
             chosen = chosen & real
-        return torch.where(chosen, self._transformed(h, mask), h)
+        return torch.where(chosen, self._transformed(h, mask, owner), h)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -184,16 +194,16 @@ class DeepAugmentation(Attachable):
         place = device if self.generator is None else self.generator.device
         return torch.rand(n, device=place, generator=self.generator).to(device)
 
-    def _views(self, h: Tensor) -> Tensor:
+    def _views(self, count: int, device: torch.device) -> Tensor:
         """One view of each pair, the same at every layer of a pass; shape (2n,)."""
-        if h.shape[0] % 2:
-            raise ShapeError(f"pairs='one' needs 2n rows, i and i + n views of one image; got {h.shape[0]}")
-        if self._chosen is None or len(self._chosen) != h.shape[0]:
-            first = self._draw(h.shape[0] // 2, h.device) < 0.5
+        if count % 2:
+            raise ShapeError(f"pairs='one' needs 2n rows, i and i + n views of one image; got {count}")
+        if self._chosen is None or len(self._chosen) != count:
+            first = self._draw(count // 2, device) < 0.5
             self._chosen = torch.cat([first, ~first])
         return self._chosen
 
-    def _transformed(self, h: Tensor, mask: Tensor | None) -> Tensor:
+    def _transformed(self, h: Tensor, mask: Tensor | None, owner: Tensor | None) -> Tensor:
         source = h.detach() if self.stop_gradient else h
         if callable(self.transform):
             changed = self.transform(source)
@@ -203,9 +213,12 @@ class DeepAugmentation(Attachable):
                 )
             return changed.detach() if self.stop_gradient else changed
         if self.transform == "pca":
-            return remove_principal_components(source, self.components, per_token=self.per_token, mask=mask)
+            per_token = self.per_token and owner is None  # nodes are the rows already
+            return remove_principal_components(source, self.components, per_token=per_token, mask=mask)
         if self.transform == "noise":
-            return gaussian_noise(source, self.rate, generator=self.generator, mask=mask)
+            return gaussian_noise(source, self.rate, generator=self.generator, mask=mask, owner=owner)
+        if owner is not None and self.transform != "dropout":
+            return RANDOM_OF_NODES[self.transform](source, owner, self.rate, generator=self.generator)
         return RANDOM[self.transform](source, self.rate, generator=self.generator)
 
     def __deepcopy__(self, _memo: object) -> DeepAugmentation:
@@ -216,8 +229,11 @@ class DeepAugmentation(Attachable):
 class Operator(Protocol):
     """What may hang on a layer."""
 
-    def augment(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One batch of activations, changed; a mask (n, t) says where those of shape (n, t, d) hold tokens."""
+    def augment(self, h: Tensor, mask: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
+        """One batch of activations, changed.
+
+        A mask (n, t) says where those of shape (n, t, d) hold tokens; an owner (n,) of which graph each row, a node, is.
+        """
         ...
 
     def restart(self) -> None:
@@ -226,17 +242,18 @@ class Operator(Protocol):
 
 
 class LayerHook:
-    """One layer's hooks; counts the calls of its module, and knows the attention mask, within a pass of the model."""
+    """One layer's hooks; counts its module's calls, and knows attention mask or graphs, within a pass of the model."""
 
     def __init__(self, operator: Operator, layer: str, wanted: int | None) -> None:
         self.operator, self.layer, self.wanted, self.count = operator, layer, wanted, 0
         self.ran = self.running = False
         self.mask: Tensor | None = None
-        self.mask_place: int | None = None  # of attention_mask among the positional arguments
+        self.owner: Tensor | None = None  # the graph of each node
+        self.places: dict[str, int] = {}  # of attention_mask and batch among the positional arguments
 
     def attach(self, model: nn.Module, module: nn.Module) -> list[Any]:
         """Hang on the layer's module; the handles remove it."""
-        self.mask_place = _place_of_argument(model, MASK)
+        self.places = _places_of_arguments(model, (MASK, OWNER))
         begin = model.register_forward_pre_hook(self._restart, prepend=True, with_kwargs=True)  # before any input hook
         if self.layer == INPUT:
             return [begin, model.register_forward_pre_hook(self._on_input, with_kwargs=True)]
@@ -246,6 +263,7 @@ class LayerHook:
     def _restart(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.count, self.running = 0, True
         self.mask = self._mask_of(args, kwargs) if module.training else None
+        self.owner = self._owner_of(args, kwargs) if module.training else None
         self.operator.restart()
 
     def _mask_of(self, args: Any, kwargs: Any) -> Tensor | None:
@@ -256,10 +274,21 @@ class LayerHook:
                 f"sentences came packed into one row ({PACKED!r}), so the samples of {self.layer!r} are not known; "
                 "feed padded batches (sentence-transformers: model[0].unpad_inputs = False)"
             )
-        mask = named.get(MASK)
-        if mask is None and self.mask_place is not None and self.mask_place < len(args):
-            mask = args[self.mask_place]
+        mask = self._argument(MASK, args, named)
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _owner_of(self, args: Any, kwargs: Any) -> Tensor | None:
+        """The graph of each node that the model is called with."""
+        if args and holds_graphs(args[0]):
+            return graph_of_node(args[0])
+        owner = self._argument(OWNER, args, kwargs)
+        fits = isinstance(owner, Tensor) and owner.ndim == 1 and owner.dtype == torch.int64
+        return owner if fits else None
+
+    def _argument(self, name: str, args: Any, named: Mapping[str, Any]) -> Any:
+        """An argument of the model's forward, given by name or by place."""
+        place = self.places.get(name, len(args))
+        return named[name] if named.get(name) is not None else args[place] if place < len(args) else None
 
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not module.training:
@@ -292,7 +321,7 @@ class LayerHook:
 
     def _finish(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """The first training pass must reach the layer; later ones may leave it out (stochastic depth)."""
-        self.running, self.mask = False, None
+        self.running, self.mask, self.owner = False, None, None
         if module.training and not self.ran:
             if self.count < (self.wanted or 1):
                 name = self.layer.partition("#")[0]
@@ -307,15 +336,17 @@ class LayerHook:
             raise ConfigError(_not_activations(self.layer, module, found))
         if self.mask is not None and found.ndim == 3 and found.shape[:2] == self.mask.shape:
             return replace_main_tensor(output, self.operator.augment(found, self.mask))
+        if self.owner is not None and found.ndim and len(found) == len(self.owner):
+            return replace_main_tensor(output, self.operator.augment(found, owner=self.owner))
         return replace_main_tensor(output, self.operator.augment(found))
 
 
-def _place_of_argument(model: nn.Module, name: str) -> int | None:
+def _places_of_arguments(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     try:
-        names = list(inspect.signature(model.forward).parameters)
+        known = list(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):  # a compiled callable without a signature
-        return None
-    return names.index(name) if name in names else None
+        return {}
+    return {name: known.index(name) for name in names if name in known}
 
 
 def _not_activations(layer: str, module: nn.Module, found: Tensor) -> str:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from layerlens.errors import ConfigError, ShapeError
+from layerlens.graph_batches import count_graphs
 from layerlens.precision import full_precision
+from layerlens.reduction import pool_nodes
 
 
 def dropout(h: Tensor, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
@@ -61,8 +63,39 @@ def dropout_positions(h: Tensor, rate: float, *, generator: torch.Generator | No
     return h * _mask(h, shapes, "positions", rate, generator)
 
 
+def dropout_channels_of_graphs(
+    h: Tensor, owner: Tensor, rate: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Inverted dropout of features: all nodes of a graph lose the same ones.
+
+    Args:
+        h: States of nodes, shape (nodes, features).
+        owner: The graph of each node, shape (nodes,).
+        rate: Probability in [0, 1] that a feature of a graph is zeroed; the others are scaled by 1 / (1 - rate).
+        generator: Where the draw comes from; the global generator by default.
+    """
+    return h * dropout(h.new_ones(count_graphs(owner), h.shape[1]), rate, generator=generator)[owner]
+
+
+def dropout_nodes(h: Tensor, owner: Tensor, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Inverted dropout of whole nodes: all features of a node.
+
+    Args:
+        h: States of nodes, shape (nodes, features).
+        owner: Not used: nodes are dropped each by itself.
+        rate: Probability in [0, 1] that a node is zeroed; the others are scaled by 1 / (1 - rate).
+        generator: Where the draw comes from; the global generator by default.
+    """
+    return h * dropout(h.new_ones(len(h), 1), rate, generator=generator)
+
+
 def gaussian_noise(
-    h: Tensor, rate: float, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    h: Tensor,
+    rate: float,
+    *,
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> Tensor:
     """Add normal noise whose standard deviation is `rate` times that of the sample's own activations.
 
@@ -72,6 +105,7 @@ def gaussian_noise(
         generator: Where the draw comes from; the global generator by default.
         mask: Shape (n, t) of activations (n, t, d): nonzero marks a token, zero padding, which is neither measured
             nor changed.
+        owner: The graph of each node, shape (n,), where the rows are nodes: a sample is then a graph.
 
     Raises:
         ShapeError: A mask that does not fit the activations.
@@ -81,6 +115,8 @@ def gaussian_noise(
         noise = torch.randn_like(h)
     else:
         noise = torch.randn(h.shape, generator=generator, device=generator.device).to(h)
+    if owner is not None:
+        return h + rate * _spread_of_graphs(h.detach().float(), owner).to(h.dtype)[owner] * noise
     if real is None:
         spread = h.detach().float().reshape(len(h), -1).std(1, unbiased=False).to(h.dtype)
         return h + rate * spread.view(-1, *[1] * (h.ndim - 1)) * noise
@@ -174,6 +210,13 @@ def _spread_of_tokens(h: Tensor, real: Tensor) -> Tensor:
     count = (real.sum((1, 2), keepdim=True) * h.shape[-1]).clamp_min(1)
     mean = torch.where(real, h, 0.0).sum((1, 2), keepdim=True) / count
     return (torch.where(real, h - mean, 0.0).square().sum((1, 2), keepdim=True) / count).sqrt()
+
+
+def _spread_of_graphs(h: Tensor, owner: Tensor) -> Tensor:
+    """Standard deviation of each graph's nodes, over nodes and features, shape (graphs, 1)."""
+    count = count_graphs(owner)
+    mean = pool_nodes(h, owner, count, "mean").mean(1, keepdim=True)
+    return pool_nodes((h - mean[owner]).square(), owner, count, "mean").mean(1, keepdim=True).sqrt()
 
 
 def _mask(

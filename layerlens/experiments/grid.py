@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from layerlens.data import AnyDataset, Dataset, load_data
 from layerlens.errors import ConfigError, LayerlensError, check_known
 from layerlens.evaluation.probe import PROTOCOLS
 from layerlens.experiments.study import WORDS, Arm, Axes, Measure, Study, axis_name
+from layerlens.graphs import GraphDataset
 from layerlens.layers import INPUT, discover
 from layerlens.training.config import RunConfig, make_config, overlay
 from layerlens.training.loop import check_run, resolve
@@ -43,7 +44,7 @@ class Measured:
     """One thing that is measured at each kept checkpoint of a run.
 
     Attributes:
-        kind: `scores` or `cka`.
+        kind: `scores`, `last-scores` (of the last checkpoint alone) or `cka`.
         data: Specification of the data; None for the run's own.
         file: Where it is kept, within the run's folder; the name changes with the settings and with the data.
     """
@@ -199,7 +200,7 @@ class _Planner:
             key=identity if start is None else hashlib.sha256(f"{identity} from {start}".encode()).hexdigest()[:16],
             arm=name, baseline=bool(arm and arm.baseline), start=start,
             values={axis_name(axis): value for axis, value in values.items()}, seed=seed, config=resolved,
-            measured=tuple(self._measured(resolved, arm.transfer if arm else ())),
+            measured=tuple(self._measured(resolved, arm)),
         )  # fmt: skip
 
     def _check(self, config: RunConfig, dataset: AnyDataset) -> None:
@@ -212,21 +213,33 @@ class _Planner:
             check_run(config, dataset)
         self.checked |= {images, network}
 
-    def _measured(self, config: RunConfig, transfer: Iterable[str]) -> Iterator[Measured]:
+    def _measured(self, config: RunConfig, arm: Arm | None) -> Iterator[Measured]:
         measure = self.study.measure
+        whole = measure.untrained == "all" or (arm is not None and arm.baseline)
+        scores = "scores" if whole else "last-scores"
         if measure.cka:
             yield _measured("cka", None, str(config.data_sha256), measure)
         if measure.scores and config.text is None:
-            yield _measured("scores", None, str(config.data_sha256), measure)
+            yield _measured(scores, None, str(config.data_sha256), measure)
         elif measure.scores and config.text is not None and config.text.dev is not None:
-            yield _measured("scores", None, str(config.text.dev_sha256), measure)
-        for data in transfer:
+            yield _measured(scores, None, str(config.text.dev_sha256), measure)
+        for data in arm.transfer if arm is not None else ():
             self._check_transfer(config, data)
-            yield _measured("scores", data, self._dataset(data).fingerprint(), measure)
+            yield _measured(scores, data, self._dataset(data).fingerprint(), measure)
 
     def _check_transfer(self, config: RunConfig, data: str) -> None:
         """See that a network can be scored on other data."""
         other, own = self._dataset(data), self._dataset(config.data)
+        if isinstance(own, GraphDataset) or isinstance(other, GraphDataset):
+            if (
+                not (isinstance(own, GraphDataset) and isinstance(other, GraphDataset))
+                or own.features != other.features
+            ):
+                raise ConfigError(
+                    f"{self.study.name}: transfer from {config.data!r} to {data!r}; allowed: from graphs to graphs "
+                    "with as many features per node"
+                )
+            return
         if not isinstance(other, Dataset) or not isinstance(own, Dataset):
             if isinstance(own, Dataset) or isinstance(other, Dataset) or not other.tasks:
                 raise ConfigError(
@@ -298,7 +311,7 @@ def _at(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(kind: str, data: str | None, data_sha256: str, measure: Measure) -> Measured:
-    names = {"scores": ("k", "protocol", "samples", "batch_size"), "cka": ("samples", "batch_size")}[kind]
+    names = ("samples", "batch_size") if kind == "cka" else ("k", "protocol", "samples", "batch_size")
     settings = {name: getattr(measure, name) for name in names}
     content = [MEASURED_SCHEMA, kind, data_sha256, settings]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

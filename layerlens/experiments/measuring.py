@@ -8,6 +8,7 @@ from typing import Any
 from layerlens.data import AnyDataset, Dataset
 from layerlens.devices import pick_device
 from layerlens.files import write_json
+from layerlens.graphs import GraphDataset
 from layerlens.pipeline import Settings, film_strip
 from layerlens.training.run_folder import locked, remove_leftovers
 from layerlens.trajectory import evaluate_run
@@ -27,7 +28,8 @@ def measure_run(
 
     Args:
         folder: The run.
-        kind: `scores` (k-NN, probe or Spearman, alignment, uniformity) or `cka` (similarity of all layers).
+        kind: `scores` (k-NN, probe or Spearman, alignment, uniformity), `last-scores` (of the last checkpoint only) or
+            `cka` (similarity of all layers).
         file: Where to, within the folder.
         dataset: The run's own data, or others to score on.
         model: The run's, as its settings name it.
@@ -47,8 +49,9 @@ def measure_run(
             found: Any = film_strip(folder, dataset=dataset, model=model, settings=settings, device=where)
         else:
             chosen = {"k": measure["k"], "protocol": measure["protocol"], "settings": settings}
+            chosen["last"] = kind == "last-scores"
             scored: AnyDataset | None = dataset
-            if isinstance(dataset, Dataset):
+            if isinstance(dataset, Dataset | GraphDataset):
                 chosen["labelled"] = dataset.y_train is not None
             elif not dataset.tasks:  # sentences to train on: the run's dev pairs have the scores
                 scored = None

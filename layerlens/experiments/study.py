@@ -54,6 +54,7 @@ class Measure(_Strict):
     protocol: str | None = Field(None, description="of the linear probe; logistic regression if left out")
     samples: int = Field(1000, ge=4, description="images of the test split for similarity and geometry")
     batch_size: int = Field(100, ge=4, description="images per batch of the similarity")
+    untrained: Literal["all", "baseline"] = Field("all", description="runs whose first checkpoint is scored too")
 
 
 class Drawing(_Strict):

@@ -17,8 +17,10 @@ from layerlens.errors import ConfigError, closest
 
 SCHEMA = 2
 TEXT_OBJECTIVES = ("simcse", "pairs", "mlm")
+GRAPH_OBJECTIVES = ("graphcl",)
 TEMPERATURES = {
     "simclr": 0.5, "supcon": 0.5, "moco": 0.2, "supervised": 1.0, "simcse": 0.05, "pairs": 0.05, "mlm": 1.0,
+    "graphcl": 0.2,
 }  # fmt: skip
 _TEXT = {
     "optimizer": "adamw",
@@ -31,7 +33,22 @@ _TEXT = {
     "learning_rate": 3e-5,
     "channels_last": False,
 }  # fmt: skip - the protocol of SimCSE, arXiv:2104.08821
-LATER = {"schedule": "cosine", "clip": None, "text": None, "epoch_samples": None}  # came later; so, nothing changed
+_GRAPHS = {
+    "model": "gin",
+    "optimizer": "adamw",
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "warmup_epochs": 0.0,
+    "epochs": 20,
+    "batch_size": 128,
+    "learning_rate": 0.01,
+    "projection": 160,
+    "holdout": 0.0,
+    "channels_last": False,
+}  # fmt: skip - the protocol of GraphCL, arXiv:2010.13902; without decay AdamW is Adam
+LATER = {  # came later; so, nothing changed
+    "schedule": "cosine", "clip": None, "text": None, "epoch_samples": None, "graph": None,
+}  # fmt: skip
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -130,6 +147,16 @@ class TextConfig(_Strict):
     model_sha256: str | None = Field(None, description="fingerprint of the model's files; filled in by `train`")
 
 
+class GraphConfig(_Strict):
+    """Random views of graphs; the meaning of each field is that of `GraphViews`."""
+
+    kinds: tuple[Literal["node-drop", "edge-perturb", "feature-mask", "subgraph"], ...] = Field(
+        ("node-drop", "subgraph"), description="each graph's is drawn from these; none for the graphs as they are"
+    )
+    ratio: float = Field(0.1, ge=0, lt=1, description="share of nodes or edges left out, exchanged or masked")
+    keep: float = Field(0.2, gt=0, le=1, description="share of the nodes that a subgraph keeps")
+
+
 class ViewsConfig(_Strict):
     """Random views of one run; the meaning of each field is that of `Views`."""
 
@@ -156,10 +183,10 @@ class RunConfig(_Strict):
     means the objective's usual one (0.2 MoCo, 0.05 for sentences, else 0.5), `labels` None 0 for MoCo and 1 otherwise.
     `views` None means the objective's usual ones on this data; `train` writes down what that was. With an objective
     for sentences (simcse, pairs, mlm) the defaults are SimCSE's: AdamW at 3e-5 with linear decay, gradients clipped at
-    norm 1, one epoch in batches of 64.
+    norm 1, one epoch in batches of 64. With graphcl they are GraphCL's: Adam at 0.01, 20 epochs in batches of 128.
     """
 
-    objective: Literal["simclr", "supcon", "moco", "supervised", "simcse", "pairs", "mlm"] = "simclr"
+    objective: Literal["simclr", "supcon", "moco", "supervised", "simcse", "pairs", "mlm", "graphcl"] = "simclr"
     model: str = "resnet18-cifar"
     data: str = "digits"
     seed: int = Field(0, ge=0, lt=2**63)
@@ -196,6 +223,7 @@ class RunConfig(_Strict):
     dropout: DropoutConfig | None = None
     moco: MoCoConfig | None = None
     text: TextConfig | None = None
+    graph: GraphConfig | None = None
     init: str | None = Field(None, description="checkpoint whose weights the run starts from")
     init_sha256: str | None = Field(None, description="fingerprint of that file; filled in by `train`")
     data_sha256: str | None = Field(None, description="fingerprint of the data; filled in by `train`")
@@ -203,10 +231,11 @@ class RunConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _usual(cls, given: Any) -> Any:
-        """Defaults that are others for sentences than for images."""
-        if not isinstance(given, dict) or given.get("objective") not in TEXT_OBJECTIVES:
+        """Defaults that are others for sentences and graphs than for images."""
+        kind = given.get("objective") if isinstance(given, dict) else None
+        if kind not in (*TEXT_OBJECTIVES, *GRAPH_OBJECTIVES):
             return given
-        usual = {**_TEXT, "text": {}}
+        usual = {**_TEXT, "text": {}} if kind in TEXT_OBJECTIVES else {**_GRAPHS, "graph": {}}
         return {**usual, **{key: value for key, value in given.items() if value is not None or key not in usual}}
 
     @model_validator(mode="after")
@@ -226,7 +255,7 @@ class RunConfig(_Strict):
     @property
     def samples(self) -> str:
         """What the objective learns from, in words."""
-        return "sentences" if self.reads_text else "images"
+        return "sentences" if self.reads_text else "graphs" if self.reads_graphs else "images"
 
     @property
     def part(self) -> int:
@@ -243,12 +272,21 @@ class RunConfig(_Strict):
         """Whether the objective is one for sentences."""
         return self.objective in TEXT_OBJECTIVES
 
+    @property
+    def reads_graphs(self) -> bool:
+        """Whether the objective is one for graphs."""
+        return self.objective in GRAPH_OBJECTIVES
+
     def _problems(self) -> Iterator[str]:
         """What each field allows but not together; says what to do."""
         if self.reads_text:
             yield from self._text_problems()
         elif self.text is not None:
             yield f"[text] with objective={self.objective!r}; leave it out or use {', '.join(TEXT_OBJECTIVES)}"
+        if self.reads_graphs:
+            yield from self._graph_problems()
+        elif self.graph is not None:
+            yield f"[graph] with objective={self.objective!r}; leave it out or use {', '.join(GRAPH_OBJECTIVES)}"
         mixes = self.input_augment in MIXING
         if self.batch_size % (self.accumulate * self.devices) or self.part < 2:
             yield (
@@ -293,7 +331,8 @@ class RunConfig(_Strict):
         if self.adalase is not None:
             yield from self._adalase_problems(self.adalase)
 
-    def _text_problems(self) -> Iterator[str]:
+    def _image_problems(self) -> Iterator[str]:
+        """Settings for images with an objective for something else."""
         for table in ("adalase", "views"):
             if getattr(self, table) is not None:
                 yield f"[{table}] with objective={self.objective!r}; it is for images: leave it out"
@@ -301,6 +340,19 @@ class RunConfig(_Strict):
             yield f"input_augment={self.input_augment!r} with objective={self.objective!r}; it is for images"
         if self.channels_last:
             yield f"channels_last=true with objective={self.objective!r}; it is for images: leave it out"
+        if self.labels != 1:
+            yield f"labels={self.labels} with objective={self.objective!r}, which sees no labels; leave it out"
+
+    def _graph_problems(self) -> Iterator[str]:
+        yield from self._image_problems()
+        assert self.graph is not None
+        if not self.graph.kinds and self.augment is None:
+            yield "graph.kinds=[] without [augment]: both views of a graph are the same; name kinds, or augment a layer"
+        if self.compile:
+            yield "compile=true with graphs, each batch of which has another shape; leave it out"
+
+    def _text_problems(self) -> Iterator[str]:
+        yield from self._image_problems()
         assert self.text is not None
         if self.text.mlm_weight and self.objective != "simcse":
             yield f"text.mlm_weight={self.text.mlm_weight} with objective={self.objective!r}; it goes with simcse"
@@ -310,8 +362,6 @@ class RunConfig(_Strict):
             yield f"temperature={self.temperature} with mlm, which has none; leave it out"
         if self.augment is not None and self.augment.pairs == "one" and self.objective == "mlm":
             yield "augment.pairs='one' needs two views of each sentence; mlm has one"
-        if self.labels != 1:
-            yield f"labels={self.labels} with objective={self.objective!r}, which sees no labels; leave it out"
 
     def _adalase_problems(self, adalase: AdaLASEConfig) -> Iterator[str]:
         if self.objective == "moco":
@@ -351,6 +401,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "dropout": DropoutConfig,
     "moco": MoCoConfig,
     "text": TextConfig,
+    "graph": GraphConfig,
     "views": ViewsConfig,
 }
 

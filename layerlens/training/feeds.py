@@ -14,25 +14,54 @@ from layerlens.data import AnyDataset, Batches, Dataset, to_unit
 from layerlens.errors import ConfigError, DegenerateError
 from layerlens.evaluation.knn import knn_accuracy
 from layerlens.evaluation.sts import sts_scores
+from layerlens.graphs import GraphBatches, GraphDataset
 from layerlens.text import StsTask, TextDataset, report
 from layerlens.training.config import RunConfig
+from layerlens.training.graph_methods import GraphBatch, GraphCL
 from layerlens.training.methods import Batch, Method, MoCo, SimCLR, SupCon, Supervised
 from layerlens.training.order import Order
 from layerlens.training.text_methods import MaskedLM, SimCSE, TokenBatch
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "supcon": SupCon, "moco": MoCo, "supervised": Supervised,
-    "simcse": SimCSE, "pairs": SimCSE, "mlm": MaskedLM,
+    "simcse": SimCSE, "pairs": SimCSE, "mlm": MaskedLM, "graphcl": GraphCL,
 }  # fmt: skip
 
 
 COUNTED = 100_000  # sentences that are looked at for their length
+_OBJECTIVES = {
+    "images": "Use an objective for images such as simclr",
+    "sentences": "Use simcse, pairs or mlm",
+    "graphs": "Use graphcl",
+}
+_DATA = {
+    "images": "digits, npz:PATH, …",
+    "sentences": "text:PATH or pairs:PATH",
+    "graphs": "tu:NAME@ROOT or graphs-npz:PATH",
+}
 
 
-class ImageFeed:
-    """Images, all of them on the device."""
+class _HeldOutFeed:
+    """Samples that an online k-NN of the held-out ones is judged by."""
 
     unscored: ClassVar[dict[str, float | None]] = {"knn": None}
+    order: Order
+
+    def unaugmented(self, rows: Tensor) -> Any:
+        """Batches of some rows of the training split as they are."""
+        raise NotImplementedError
+
+    def _knn(self, network: nn.Module, labels: Tensor | None) -> dict[str, float | None]:
+        """k-NN accuracy of the held-out training samples against the others."""
+        if labels is None or not len(self.order.held_out):
+            return {"knn": None}
+        bank, queries = self.order.rows[:4096], self.order.held_out[:1024]
+        found = [features(network, self.unaugmented(rows)) for rows in (bank, queries)]
+        return {"knn": knn_accuracy(found[0], labels[bank], found[1], labels[queries])}
+
+
+class ImageFeed(_HeldOutFeed):
+    """Images, all of them on the device."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, order: Order, device: torch.device) -> None:
         self.config, self.dataset, self.order, self.rows_on = config, dataset, order, device
@@ -58,16 +87,40 @@ class ImageFeed:
         return ready.contiguous(memory_format=torch.channels_last) if self.config.channels_last else ready
 
     def score(self, network: nn.Module) -> dict[str, float | None]:
-        """k-NN accuracy of the held-out training images against the others."""
-        labels = self.dataset.y_train
-        if labels is None or not len(self.order.held_out):
-            return {"knn": None}
-        bank, queries = self.order.rows[:4096], self.order.held_out[:1024]
-        found = [features(network, self._unaugmented(rows)) for rows in (bank, queries)]
-        return {"knn": knn_accuracy(found[0], labels[bank], found[1], labels[queries])}
+        """See `_HeldOutFeed`."""
+        return self._knn(network, self.dataset.y_train)
 
-    def _unaugmented(self, rows: Tensor) -> Batches:
+    def unaugmented(self, rows: Tensor) -> Batches:
+        """Normalised, without views."""
         return Batches(self.dataset, self.dataset.x_train, None, rows, 512)
+
+
+class GraphFeed(_HeldOutFeed):
+    """Graphs, all of them on the device."""
+
+    def __init__(self, config: RunConfig, dataset: GraphDataset, order: Order, device: torch.device) -> None:
+        self.config, self.dataset, self.order, self.rows_on = config, dataset, order, device
+        self.graphs = dataset.graphs.to(device)
+
+    def batch(self, rows: Tensor, draws: torch.Generator) -> GraphBatch:
+        """Some of the graphs."""
+        return GraphBatch(graphs=self.graphs.pick(rows), draws=draws)
+
+    def run(self, network: Callable[..., Tensor], graphs: dict[str, Tensor]) -> Tensor:
+        """The network's output for graphs."""
+        return network(**graphs)
+
+    def normalize(self, graphs: Any) -> Any:
+        """Graphs are what the network sees."""
+        return graphs
+
+    def score(self, network: nn.Module) -> dict[str, float | None]:
+        """See `_HeldOutFeed`."""
+        return self._knn(network, self.dataset.y)
+
+    def unaugmented(self, rows: Tensor) -> GraphBatches:
+        """Without views."""
+        return GraphBatches(self.dataset.graphs, rows, 512)
 
 
 class TextFeed:
@@ -138,16 +191,14 @@ def check_data(config: RunConfig, dataset: AnyDataset) -> None:
     """See that the data are of the kind that the objective trains on.
 
     Raises:
-        ConfigError: Images for an objective over sentences, or the other way round; pairs that are none.
+        ConfigError: Images for an objective over sentences or graphs, or any other such pair; pairs that are none.
     """
-    if config.reads_text and not isinstance(dataset, TextDataset):
+    kinds = {Dataset: "images", TextDataset: "sentences", GraphDataset: "graphs"}
+    there = next(word for kind, word in kinds.items() if isinstance(dataset, kind))
+    if there != config.samples:
         raise ConfigError(
-            f"objective={config.objective!r} trains on sentences; {dataset.name} has images. Use text:PATH or "
-            "pairs:PATH, or an objective for images such as simclr"
-        )
-    if not config.reads_text and isinstance(dataset, TextDataset):
-        raise ConfigError(
-            f"objective={config.objective!r} trains on images; {dataset.name} has sentences. Use simcse, pairs or mlm"
+            f"objective={config.objective!r} trains on {config.samples}; {dataset.name} has {there}. "
+            f"{_OBJECTIVES[there]}, or data for this one: {_DATA[config.samples]}"
         )
     if config.objective == "pairs" and isinstance(dataset, TextDataset) and len(dataset.columns) < 2:
         raise ConfigError(f"objective='pairs' needs pairs of sentences; {dataset.name} has single ones. Use pairs:PATH")

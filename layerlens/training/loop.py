@@ -24,6 +24,7 @@ from layerlens.devices import pick_device
 from layerlens.encoders import fingerprint_of
 from layerlens.errors import ConfigError, DamagedStateError, DeviceMemoryError, NonFiniteError, RunFolderError
 from layerlens.files import write_atomically, write_json
+from layerlens.graphs import GraphDataset, describe_graphs
 from layerlens.layers import run_batch
 from layerlens.models import Example
 from layerlens.provenance import provenance
@@ -32,7 +33,7 @@ from layerlens.specs import parse_spec
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import fingerprint, save_checkpoint
 from layerlens.training.config import RunConfig, ViewsConfig
-from layerlens.training.feeds import METHODS, ImageFeed, TextFeed, check_data, describe_sentences
+from layerlens.training.feeds import METHODS, GraphFeed, ImageFeed, TextFeed, check_data, describe_sentences
 from layerlens.training.lars import LARS
 from layerlens.training.launch import launch, launched
 from layerlens.training.network import (
@@ -92,7 +93,7 @@ def train(
             torchrun has started them; a script that calls this needs the guard `if __name__ == "__main__":`.
         progress: Called after each step.
         tensorboard: Also write the numbers of each epoch as TensorBoard events.
-        say: Takes lines about the sentences that are trained on: how many, what was left out, what is cut.
+        say: Takes lines about the sentences or graphs that are trained on: how many, what was left out, what is cut.
 
     Raises:
         ConfigError: A batch larger than the training split, labels missing, an unknown device.
@@ -154,6 +155,8 @@ def check_run(config: RunConfig, dataset: AnyDataset) -> nn.Module:
 
 
 def _describe(dataset: AnyDataset, network: nn.Module, say: Callable[[str], None]) -> None:
+    if isinstance(dataset, GraphDataset):
+        say(describe_graphs(dataset))
     for line in describe_sentences(dataset, network) if isinstance(dataset, TextDataset) else ():
         say(line)
 
@@ -594,9 +597,11 @@ class _Trainer:
 
 def _feed(
     config: RunConfig, dataset: AnyDataset, order: Order, start: Start, device: torch.device
-) -> ImageFeed | TextFeed:
+) -> ImageFeed | TextFeed | GraphFeed:
     if isinstance(dataset, Dataset):
         return ImageFeed(config, dataset, order, device)
+    if isinstance(dataset, GraphDataset):
+        return GraphFeed(config, dataset, order, device)
     assert config.text is not None
     dev = load_dev(config.text.dev).tasks if config.text.dev is not None else ()
     tokenize: Any = start.network.tokenize

@@ -17,6 +17,8 @@ from layerlens.data import AnyDataset, Dataset
 from layerlens.devices import device_of
 from layerlens.encoders import SentenceEncoder, build_encoder, usual_settings
 from layerlens.errors import CheckpointError, ConfigError
+from layerlens.graph_models import GRAPH_MODELS, GraphEncoder, build_graph_encoder, reads_graphs
+from layerlens.graphs import GraphDataset
 from layerlens.layers import discover, select, split_at
 from layerlens.models import (
     Example,
@@ -31,6 +33,8 @@ from layerlens.models import (
 from layerlens.text import TextDataset
 from layerlens.training.checkpoint import load_into, load_state
 from layerlens.training.config import SCHEMA, RunConfig, TextConfig, explain
+
+_HEADS: dict[str, Any] = {"projection": ProjectionHead, "linear": nn.Linear}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,8 @@ def build_start(config: RunConfig, dataset: AnyDataset) -> Start:
         _check_views(config, network)
         if config.init is not None:
             _check_tokens(config.init, network)
+    elif isinstance(network, GraphEncoder):
+        metadata |= {"features": network.features, "head": head_of(config, dataset)}
     elif isinstance(dataset, Dataset):
         metadata |= {"input_shape": list(dataset.input_shape), "head": head_of(config, dataset)}
     if config.init is not None:
@@ -90,6 +96,10 @@ def _fresh(config: RunConfig, dataset: AnyDataset) -> tuple[nn.Module, tuple[str
     """The network, and the names of the heads that keep fresh weights where a checkpoint has others."""
     if isinstance(dataset, TextDataset):
         return _fresh_encoder(config), ("head", "mlm_head")
+    if isinstance(dataset, GraphDataset):
+        return _fresh_graph_encoder(config, dataset), ("head",)
+    if reads_graphs(config.model):
+        raise ConfigError(f"model={config.model!r} reads graphs; {dataset.name} holds images")
     if reads_sentences(config.model):
         raise ConfigError(f"model={config.model!r} reads sentences; {dataset.name} holds images")
     if config.objective == "supervised" and dataset.y_train is None:
@@ -112,6 +122,26 @@ def _fresh_encoder(config: RunConfig) -> SentenceEncoder:
             mlm=config.objective == "mlm" or text.mlm_weight > 0,
         )  # fmt: skip
     return encoder
+
+
+def _fresh_graph_encoder(config: RunConfig, dataset: GraphDataset) -> GraphEncoder:
+    if not reads_graphs(config.model):
+        raise ConfigError(
+            f"model={config.model!r} reads no graphs, which {config.objective} trains on; allowed: "
+            f"{', '.join(GRAPH_MODELS)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return _graph_encoder(config.model, dataset.features, head_of(config, dataset))
+
+
+def _graph_encoder(spec: str, features: int | None, head: dict[str, Any] | None) -> GraphEncoder:
+    """A graph network with the head of a run, or without one."""
+    network = build_graph_encoder(spec, features=features)
+    if head is not None:
+        network.head = _HEADS[head["kind"]](network.width, head["out"])
+        network.reset_parameters()
+    return network
 
 
 def with_own_settings(config: RunConfig) -> RunConfig:
@@ -226,7 +256,7 @@ def _there(example: Example, network: nn.Module) -> Example:
     return to_device(example, device_of(network))  # type: ignore[no-any-return]
 
 
-def head_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+def head_of(config: RunConfig, dataset: AnyDataset) -> dict[str, Any]:
     """What stands at the end of a run's network, as it is written into its checkpoints."""
     if config.objective == "supervised":
         return {"kind": "linear", "out": len(dataset.classes)}
@@ -263,6 +293,13 @@ def load_network(
     del state  # it is read again where its network is there
     if "encoder" in metadata or (model is not None and reads_sentences(model)):
         return _load_encoder(checkpoint, model, metadata, dataset, untrained, seed)
+    if "features" in metadata or (model is not None and reads_graphs(model)):
+        return _load_graph_encoder(checkpoint, model, metadata, dataset, untrained, seed)
+    if isinstance(dataset, GraphDataset):
+        raise ConfigError(
+            f"{model or checkpoint!r} reads no graphs, which is what {dataset.name} holds; give --model gin, or a "
+            "checkpoint of graphcl"
+        )
     if isinstance(dataset, TextDataset):
         raise ConfigError(
             f"{model or checkpoint!r} reads no sentences, which is what {dataset.name} holds; give --model hf:PATH, or "
@@ -314,6 +351,31 @@ def _load_encoder(
     return encoder, metadata
 
 
+def _load_graph_encoder(
+    checkpoint: str | Path | None, model: str | None, metadata: dict[str, Any], dataset: AnyDataset | None,
+    untrained: bool, seed: int,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    if dataset is not None and not isinstance(dataset, GraphDataset):
+        raise ConfigError(f"{str(checkpoint or model)!r} reads graphs; {dataset.name} holds none. Give tu:NAME@ROOT")
+    features, spec = metadata.get("features"), model or metadata.get("model")
+    if features is not None and not (type(features) is int and 0 < features < 10**6):
+        raise CheckpointError(f"the checkpoint's metadata is damaged: features={features!r}")
+    if not isinstance(spec, str) or not reads_graphs(spec):
+        raise CheckpointError(f"{str(checkpoint)!r} holds a graph network, but names the model {spec!r}")
+    if dataset is not None and features not in (None, dataset.features):
+        raise CheckpointError(
+            f"{str(checkpoint)!r} was trained on nodes with {features} features; {dataset.name} has {dataset.features}"
+        )
+    if features is None and dataset is not None:
+        features = dataset.features
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = _graph_encoder(spec, features, _head(metadata))
+    if checkpoint is not None and not untrained:
+        load_into(network, checkpoint)
+    return network, metadata
+
+
 def _check_size(checkpoint: str | Path | None, description: Any, *, held: int) -> None:
     """Refuse a description of a network far larger than what the file holds, before anything of that size is made."""
     content = description if isinstance(description, dict) else {}
@@ -339,8 +401,8 @@ def _assemble(
         return network, ""
     if shape is None:
         raise ConfigError(f"the image shape for {spec!r} is unknown; give --data")
-    kinds = {"projection": ProjectionHead, "linear": nn.Linear}
-    return replace_head(network, torch.zeros(2, *shape), lambda width: kinds[head["kind"]](width, head["out"]))
+    kind = _HEADS[head["kind"]]
+    return replace_head(network, torch.zeros(2, *shape), lambda width: kind(width, head["out"]))
 
 
 def _shape(metadata: dict[str, Any]) -> Shape | None:
