@@ -118,7 +118,7 @@ class Reduction:
         rows = output.shape[0] if output.ndim else 0
         if rows not in (len(owner), count):
             raise ShapeError(
-                f"{rows} rows for {len(owner)} nodes of {count} graphs; allowed: layers with a row per node or per graph"
+                f"{rows} rows for {len(owner)} nodes of {count} graphs; allowed: layers with a row per node or graph"
             )
         if rows != len(owner):
             if self.kind == "graphs":

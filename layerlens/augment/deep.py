@@ -232,7 +232,7 @@ class Operator(Protocol):
     def augment(self, h: Tensor, mask: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
         """One batch of activations, changed.
 
-        A mask (n, t) says where those of shape (n, t, d) hold tokens; an owner (n,) of which graph each row, a node, is.
+        A mask (n, t) says where those of shape (n, t, d) hold tokens; an owner (n,), of which graph each row is a node.
         """
         ...
 

@@ -58,7 +58,7 @@ class Cost(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class _Timed:
-    """Of one kind of run: seconds per step and of measuring a checkpoint (by kind and data), bytes of one, of a state."""
+    """Of a kind of run: seconds per step and of measuring a checkpoint (by kind and data), bytes of one, of a state."""
 
     step_s: float
     measure_s: dict[tuple[bool, str | None], float]
