@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from layerlens.augment.adalase import AdaLASE as AdaLASE
     from layerlens.augment.deep import DeepAugmentation as DeepAugmentation
     from layerlens.augment.dropout import TwoPassDropout as TwoPassDropout
+    from layerlens.augment.graph_views import GraphViews as GraphViews
     from layerlens.augment.spatial import cutmix as cutmix
     from layerlens.augment.spatial import cutout as cutout
     from layerlens.augment.spatial import mixup as mixup
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from layerlens.encoders import build_encoder as build_encoder
     from layerlens.encoders import train_tokenizer as train_tokenizer
     from layerlens.errors import LayerlensError as LayerlensError
+    from layerlens.evaluation.graphs import graph_scores as graph_scores
     from layerlens.evaluation.knn import knn_accuracy as knn_accuracy
     from layerlens.evaluation.probe import linear_probe as linear_probe
     from layerlens.evaluation.probe import probe_accuracy as probe_accuracy
@@ -85,6 +87,10 @@ if TYPE_CHECKING:
     from layerlens.experiments.study import Study as Study
     from layerlens.experiments.study import make_study as make_study
     from layerlens.experiments.study import read_study as read_study
+    from layerlens.graph_models import GraphEncoder as GraphEncoder
+    from layerlens.graph_models import build_graph_encoder as build_graph_encoder
+    from layerlens.graphs import GraphDataset as GraphDataset
+    from layerlens.graphs import dataset_from_graphs as dataset_from_graphs
     from layerlens.layers import discover as discover
     from layerlens.models import build_model as build_model
     from layerlens.models import reinitialized as reinitialized
@@ -107,6 +113,7 @@ if TYPE_CHECKING:
     from layerlens.training.lars import LARS as LARS
     from layerlens.training.loop import train as train
     from layerlens.training.network import load_network as load_network
+    from layerlens.training.objectives.graphcl import graph_cl as graph_cl
     from layerlens.training.objectives.moco import info_nce as info_nce
     from layerlens.training.objectives.simclr import nt_xent as nt_xent
     from layerlens.training.objectives.simcse import simcse as simcse
@@ -141,12 +148,14 @@ _HOMES = {
     "augment.adalase": ("AdaLASE",),
     "augment.deep": ("DeepAugmentation",),
     "augment.dropout": ("TwoPassDropout",),
+    "augment.graph_views": ("GraphViews",),
     "augment.spatial": ("cutmix", "cutout", "mixup", "random_erasing", "translate"),
     "augment.transforms": ("remove_principal_components",),
     "augment.views": ("Views", "moco_views", "usual_views", "weak_views"),
     "data": ("Dataset", "dataset_from_arrays", "load_data"),
     "encoders": ("SentenceEncoder", "build_encoder", "train_tokenizer"),
     "errors": ("LayerlensError",),
+    "evaluation.graphs": ("graph_scores",),
     "evaluation.knn": ("knn_accuracy",),
     "evaluation.probe": ("linear_probe", "probe_accuracy"),
     "evaluation.sts": ("sts_scores", "text_geometry"),
@@ -157,6 +166,8 @@ _HOMES = {
     "experiments.runner": ("run_plan", "run_study"),
     "experiments.store": ("Store",),
     "experiments.study": ("Study", "make_study", "read_study"),
+    "graph_models": ("GraphEncoder", "build_graph_encoder"),
+    "graphs": ("GraphDataset", "dataset_from_graphs"),
     "layers": ("discover",),
     "models": ("build_model", "reinitialized"),
     "pipeline": ("Settings", "analyze", "analyze_checkpoint", "analyze_run", "evaluate", "film_strip"),
@@ -169,6 +180,7 @@ _HOMES = {
     "training.lars": ("LARS",),
     "training.loop": ("train",),
     "training.network": ("load_network",),
+    "training.objectives.graphcl": ("graph_cl",),
     "training.objectives.moco": ("info_nce",),
     "training.objectives.simclr": ("nt_xent",),
     "training.objectives.simcse": ("simcse",),

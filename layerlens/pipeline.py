@@ -655,8 +655,8 @@ def _view_of(dataset: Dataset | GraphDataset, views: Views | GraphViews | None, 
 def _viewer(dataset: Dataset | GraphDataset, views: Views | GraphViews | None) -> Callable[[Any, torch.Generator], Any]:
     """A function from images in [0, 1], or from a batch of graphs, to what networks see of a random view."""
     if isinstance(dataset, GraphDataset):
-        return views if isinstance(views, GraphViews) else GraphViews()
-    chosen = views if isinstance(views, Views) else usual_views(flip=dataset.flip)
+        return views or GraphViews()
+    chosen: Callable[[Any, torch.Generator], Any] = views or usual_views(flip=dataset.flip)
     return lambda images, generator: dataset.normalize(chosen(images, generator))
 
 

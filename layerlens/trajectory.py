@@ -128,7 +128,7 @@ def finetune(
         ConfigError: Data without labels, or an unknown setting.
     """
     if not isinstance(dataset, Dataset) or dataset.y_test is None:
-        raise ConfigError(f"{dataset.name} has no labelled images; fine-tuning needs y_train and y_test")
+        raise ConfigError(f"{dataset.name} has no labels; fine-tuning needs images with y_train and y_test")
     spec = model or load_network(checkpoint, dataset=dataset)[1].get("model")
     fields = {
         "objective": "supervised", "model": spec, "data": dataset.name, "epochs": epochs, "init": str(checkpoint),

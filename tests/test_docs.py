@@ -14,6 +14,7 @@ import layerlens as ll
 from layerlens.cli import cli
 from layerlens.experiments.engines import ENGINES
 from layerlens.experiments.study import SCALES, WORDS, Arm, Drawing, Measure, Study, make_study, study_names
+from layerlens.graph_models import GRAPH_MODELS
 from layerlens.models import FAMILIES
 from layerlens.training.config import TABLES, make_config, parse_config
 from layerlens.training.recipes import recipe_names
@@ -111,7 +112,7 @@ def settings_of_the_docs() -> list[dict[str, Any]]:
 
 
 def test_the_settings_files_of_the_docs_are_accepted():
-    files = settings_of_the_docs()  # three, as MoCo, AdaLASE and sentences exclude each other
+    files = settings_of_the_docs()  # four, as MoCo, AdaLASE, sentences and graphs exclude each other
     for settings in files:
         make_config(settings)
     assert {"init_sha256", "data_sha256"}.union(*files) == set(ll.RunConfig.model_fields)
@@ -119,9 +120,9 @@ def test_the_settings_files_of_the_docs_are_accepted():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_settings_files_of_the_docs_name_every_field_of_a_table(table):
-    everything, moco, text = settings_of_the_docs()
+    everything, moco, text, graph = settings_of_the_docs()
     filled_in = {"dev_sha256", "model_sha256"}
-    assert set({**everything, **moco, **text}[table]) == set(TABLES[table].model_fields) - filled_in
+    assert set({**everything, **moco, **text, **graph}[table]) == set(TABLES[table].model_fields) - filled_in
 
 
 def test_the_settings_file_of_the_docs_for_sentences_holds_the_defaults():
@@ -129,6 +130,12 @@ def test_the_settings_file_of_the_docs_for_sentences_holds_the_defaults():
     own = {"pooling", "max_length", "model_dropout", "dev", "dev_every"}  # left out by default
     assert {key: value for key, value in settings["text"].items() if key not in own}.items() <= usual["text"].items()
     assert {key: value for key, value in settings.items() if key != "text"}.items() <= usual.items()
+
+
+def test_the_settings_file_of_the_docs_for_graphs_holds_the_defaults():
+    settings = settings_of_the_docs()[3]
+    usual = make_config({"objective": "graphcl"}).model_dump(mode="json")
+    assert settings.items() <= usual.items()
 
 
 def test_the_settings_file_of_the_docs_holds_the_defaults_but_where_it_says_so():
@@ -150,7 +157,7 @@ def test_recipes_that_the_docs_name_exist():
 
 
 def test_every_model_family_and_figure_is_named_in_the_docs():
-    assert all(f"`{family}`" in README for family in FAMILIES)
+    assert all(f"`{family}`" in README for family in (*FAMILIES, *GRAPH_MODELS))
     everything = {**vars(ll.figures), **vars(ll.study_figures)}
     drawn = {name for name, value in everything.items() if name[0] != "_" and is_own_function(value)}
     assert all(f"`{name}`" in DOCS["api.md"] for name in drawn)

@@ -36,8 +36,8 @@ def git(where: Path, *words: str) -> str:
 def test_provenance_names_software_and_hardware():
     found = provenance()
     assert set(found) == {"python", "versions", "commit", "device", "threads"}
-    of_text = {"transformers", "tokenizers", "sentence-transformers"}  # the tests' environment has the extra
-    assert set(found["versions"]) == {"layerlens-torch", "torch", "torchvision", "numpy", "scikit-learn", *of_text}
+    extras = {"transformers", "tokenizers", "sentence-transformers", "torch-geometric"}  # which the tests install
+    assert set(found["versions"]) == {"layerlens-torch", "torch", "torchvision", "numpy", "scikit-learn", *extras}
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["device"].startswith("cpu (")
     assert found["threads"] == torch.get_num_threads()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from layerlens.analysis.results import Result
-from layerlens.errors import DataError, check_known
+from layerlens.errors import DataError, check_known, require
 from layerlens.experiments.results import Interval, StudyResult, interval, lower_is_better
 
 
@@ -138,6 +138,7 @@ class AdviceOutcome(Result):
         without: Seeds whose baseline run supported no choice.
         against: `baseline`, `last layer`, `middle layer` and `mean of all` -> mean difference with interval, over the
             seeds that have both; the other layers have the stop-gradient of the advice.
+        mean_rank: Mean of the ranks over the seeds, with interval; empty without an advised seed.
         outside: Seeds that are advised what the sweep did not run: seed, layer, stop_gradient.
         unfinished: Seeds whose advised run has no score yet.
     """
@@ -148,15 +149,13 @@ class AdviceOutcome(Result):
     against: dict[str, dict[str, float]]
     outside: tuple[dict[str, Any], ...] = ()
     unfinished: tuple[int, ...] = ()
+    mean_rank: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("advised", "without", "outside", "unfinished"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        known = {
-            name: {k: math.nan if v is None else v for k, v in numbers.items()}
-            for name, numbers in self.against.items()
-        }
-        object.__setattr__(self, "against", known)
+        object.__setattr__(self, "against", {name: _restored(d) for name, d in self.against.items()})
+        object.__setattr__(self, "mean_rank", _restored(self.mean_rank))
 
     def __str__(self) -> str:
         supported = len(self.advised) + len(self.outside) + len(self.unfinished)
@@ -167,22 +166,34 @@ class AdviceOutcome(Result):
         ]
         lines += [f"seed {row['seed']}: {_place(row)}, which this sweep does not run" for row in self.outside]
         lines += [f"seed {seed}: its advised run is not finished" for seed in self.unfinished]
+        if self.mean_rank:
+            r, of = self.mean_rank, self.advised[0]["of"]
+            reach = "" if math.isnan(r["low"]) else f" (95 % {r['low']:.1f} to {r['high']:.1f})"
+            lines.append(f"mean rank {r['mean']:.1f} of {of}{reach}; by chance {(of + 1) / 2:.1f}")
         for name, d in self.against.items():
             found = Interval(**{k: d[k] for k in ("mean", "low", "high")}, n=int(d["n"]))
             lines.append(f"advised minus {name}: {_signed(found)}, {found.n} seed{'s' if found.n > 1 else ''}")
         return "\n".join(lines)
 
 
-def advice_outcome(result: StudyResult, metric: str = "probe", *, arm: str, baseline: str) -> AdviceOutcome:
+def _restored(numbers: dict[str, Any]) -> dict[str, float]:
+    """Numbers with their NaN again after a trip through JSON."""
+    return {k: math.nan if v is None else v for k, v in numbers.items()}
+
+
+def advice_outcome(
+    result: StudyResult, metric: str = "probe", *, arm: str, baseline: str, target: int = 1
+) -> AdviceOutcome:
     """Compare, in each seed, the setting that the baseline's own CKA recommends with the others that were run.
 
-    The advice of a seed is the first target of that seed's baseline run; nothing else about it is chosen here.
+    The advice of a seed is one target of that seed's baseline run; nothing else about it is chosen here.
 
     Args:
         result: Of a sweep with the axes `layer` and `stop_gradient`.
         metric: An accuracy of the last checkpoint.
         arm: The augmented runs.
         baseline: The runs without augmentation.
+        target: Which of each seed's ranked targets, counted from 1: the first by default.
 
     Raises:
         DataError: The sweep holds nothing of what is advised, or has no such arms; or the metric is no accuracy.
@@ -199,7 +210,9 @@ def advice_outcome(result: StudyResult, metric: str = "probe", *, arm: str, base
         s: result.scores(metric, arm=arm, layer=s[0], stop_gradient=s[1]) if s in finished else {} for s in settings
     }
     seeds = [seed for seed in plain if any(run["seed"] == seed for run in result.runs if run["arm"] == arm)]
-    first = {seed: _setting({"values": plain[seed]["advice"][0]}) for seed in seeds if plain[seed]["advice"]}
+    require(target >= 1, "target", target, "1 for the first target, 2 for the second, …")
+    told = {seed: plain[seed]["advice"] for seed in seeds}
+    first = {seed: _setting({"values": advice[target - 1]}) for seed, advice in told.items() if len(advice) >= target}
     outside = {seed: where for seed, where in first.items() if where not in settings}
     if outside and len(outside) == len(first):
         seed, where = next(iter(outside.items()))
@@ -210,6 +223,7 @@ def advice_outcome(result: StudyResult, metric: str = "probe", *, arm: str, base
         against=dict(_differences(rows, scores, result.scores(metric, arm=baseline))),
         outside=tuple({"seed": s, "layer": w[0], "stop_gradient": w[1]} for s, w in outside.items()),
         unfinished=tuple(s for s, w in first.items() if w in scores and s not in scores[w]),
+        mean_rank=asdict(interval([row["rank"] for row in rows])) if rows else {},
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from graphs import write_tu
 from sentences import places, scored_pairs, sentence, write_csv
 
 from layerlens.data import AnyDataset, dataset_from_arrays, load_data
@@ -24,9 +25,10 @@ from layerlens.experiments.results import collect
 from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import SCALES, axis_name, read_study, study_names
+from layerlens.graphs import GraphDataset, Graphs
 from layerlens.study_figures import draw_all
 from layerlens.text import TextDataset
-from layerlens.training.config import RunConfig
+from layerlens.training.config import RunConfig, make_config
 from layerlens.training.order import Order
 from layerlens.training.recipes import read_recipe
 
@@ -40,6 +42,7 @@ RUNS = {  # smoke, hour, published
     "dropout-passes-resnet20": (18, 110, 110),
     "freeze-ablation": (22, 280, 280),
     "full-batch-stop": (6, 45, 45),
+    "graph-layers": (10, 85, 85),
     "layer-sweep": (10, 85, 85),
     "layer-sweep-pretrained": (8, 90, 90),
     "lower-to-higher": (10, 85, 85),
@@ -50,7 +53,7 @@ RUNS = {  # smoke, hour, published
     "supervised": (10, 75, 75),
     "transfer": (12, 170, 170),
 }
-SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537, but for graphs
+SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537
     "dropout everywhere against dropout at one layer": "dropout-everywhere",
     "100 % of the batch with stop-gradient": "full-batch-stop",
     "50 % of the batch, stop / no stop": "layer-sweep",
@@ -64,6 +67,7 @@ SETTINGS_STUDIED = {  # the rows of the design's table of arXiv:2303.14537, but 
     "supervised training": "supervised",
     "SimCSE with and without MLM": "sentence-embeddings",
     "SimCSE, rates, with and without BERT's own dropout": "sentence-rates",
+    "graphs: contrastive GIN": "graph-layers",
 }
 OTHER_STUDIES = {
     "rates", "adalase-sample-size", "dropout-passes-resnet20", "dropout-passes-convnet-quick", "mixing-masking",
@@ -76,10 +80,12 @@ WITHOUT_RECIPE = {  # published settings that are a recipe's without one table, 
 }
 METRICS = {
     "probe", "knn", "knn10", "top1", "alignment_train", "alignment_test", "uniformity_train", "uniformity_test",
-    "STS-B", "mean",
+    "STS-B", "mean", "svm",
 }  # fmt: skip
+OWN_DATA = {"graph-layers": "tu:MUTAG@data"}
 HUNG = ("augment", "freeze", "adalase", "dropout")
 IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}
+GRAPHS = {"tu:MUTAG@data": 188, "tu:NCI1@data": 4110}
 SENTENCES = {"text:sentences.txt": 52_594}
 
 every_study = pytest.mark.parametrize("name", sorted(RUNS))
@@ -94,6 +100,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sentences.txt").write_text("\n".join(written))
     write_csv(folder / "stsb_dev.csv", ["score", "sentence1", "sentence2"], scored_pairs(draws))
     train_tokenizer(written, folder / "tokenizer", vocabulary=300)
+    write_tu(folder / "data", "MUTAG", GRAPHS["tu:MUTAG@data"])
     return folder
 
 
@@ -104,7 +111,12 @@ def there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def images(spec: str) -> AnyDataset:
-    """Digits as they are; 50,000 times the same grey image in the place of CIFAR, or the same sentence."""
+    """Digits as they are; 50,000 times the same grey image in the place of CIFAR, or the same sentence or graph."""
+    if spec in GRAPHS:
+        ends, count = torch.tensor([[0, 1], [1, 0]]), GRAPHS[spec]
+        places = torch.arange(count + 1) * 2
+        same = Graphs(x=torch.ones(2 * count, 3), edge_index=ends.repeat(1, count), node_ptr=places, edge_ptr=places)
+        return GraphDataset(name=spec, graphs=same, y=torch.arange(count) % 2, classes=("0", "1"))
     if spec in SENTENCES:
         return TextDataset(name=spec, columns=(["a bird sings"] * SENTENCES[spec],), test=["nobody waits"] * 1000)
     if spec.startswith("digits"):
@@ -154,7 +166,7 @@ def test_it_has_as_many_runs_as_counted_by_hand(name: str, scale: str) -> None:
 
 @every_study
 def test_the_small_sizes_need_nothing_but_digits_or_sentences(name: str) -> None:
-    own = "text:sentences.txt" if name.startswith("sentence") else "digits"
+    own = "text:sentences.txt" if name.startswith("sentence") else OWN_DATA.get(name, "digits")
     for scale in ("smoke", "hour"):
         assert {data.partition(",")[0] for data in plan_of(name, scale).datasets} == {own}
 
@@ -163,7 +175,7 @@ def test_the_small_sizes_need_nothing_but_digits_or_sentences(name: str) -> None
 @every_study
 def test_no_run_asks_for_more_images_than_there_are(name: str, scale: str) -> None:
     for config in different_configs(plan_of(name, scale)):
-        if config.data in SENTENCES:
+        if config.data in SENTENCES or config.data in GRAPHS:
             assert Order(config, images(config.data)).steps >= 1
             continue
         data, total = images(config.data), IMAGES[config.data.partition(":")[0].partition(",")[0]]
@@ -200,6 +212,9 @@ def test_the_published_size_rests_on_the_published_settings(name: str) -> None:
     if name.startswith("sentence"):  # the paper starts from weights that no study can make
         assert rest is None
         assert base["model"].startswith("hf-config:bert-small")
+    elif name.startswith("graph"):  # the defaults of the objective, see test_recipes
+        assert rest is None
+        assert make_config(base) == make_config({**read_recipe("graphcl-nci1"), "keep_every": 20})
     elif name in WITHOUT_RECIPE:
         recipe, table, changed = WITHOUT_RECIPE[name]
         expected = {key: value for key, value in read_recipe(recipe).items() if key != table}

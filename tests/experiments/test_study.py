@@ -481,7 +481,7 @@ def test_a_ready_study_that_is_not_there_is_refused():
         (
             {"objective": "simclar"},
             "objective='simclar' is unknown; closest: simclr, simcse, mlm (allowed: simclr, supcon, moco, supervised, "
-            "simcse, pairs, mlm)",
+            "simcse, pairs, mlm, graphcl)",
         ),
         ({"epochs": 0}, "epochs=0: input should be greater than or equal to 1"),
         ({"freeze": "layer1"}, "freeze='layer1': allowed: a table, such as [freeze] with part = …"),

@@ -35,6 +35,7 @@ OTHER: dict[str, Any] = {
     "clip": 0.5,
     "epoch_samples": 512,
     "text": {"pooling": "mean"},
+    "graph": {"kinds": ["edge-perturb"]},
     "nesterov": True,
     "warmup_from": 0.01,
     "labels": 0.5,
@@ -97,7 +98,9 @@ def test_every_field_is_tried():
 
 @pytest.mark.parametrize("field", OTHER)
 def test_identity_changes_with(field: str):
-    base = {"objective": {"moco": "moco", "labels": "supcon", "text": "simcse"}.get(field, "simclr")}
+    base = {
+        "objective": {"moco": "moco", "labels": "supcon", "text": "simcse", "graph": "graphcl"}.get(field, "simclr")
+    }
     base = {} if field == "objective" else base
     assert make_config({**base, field: OTHER[field]}).identity() != make_config(base).identity()
 
@@ -158,7 +161,7 @@ def test_a_value_written_out_is_the_same_run_as_its_default():
         (
             {"objective": "simclar"},
             r"objective='simclar' is unknown; closest: simclr, .* \(allowed: simclr, supcon, moco, supervised, simcse, "
-            r"pairs, mlm\)",
+            r"pairs, mlm, graphcl\)",
         ),
         ({"precision": "bf16"}, r"precision='bf16' is unknown; closest: bf16-mixed"),
         ({"augment": {"layer": "x", "transform": "pac"}}, r"augment\.transform='pac' is unknown; closest: pca"),

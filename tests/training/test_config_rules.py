@@ -314,11 +314,12 @@ FULL: dict[str, dict[str, Any]] = {
         "pooling": "mean", "max_length": 16, "model_dropout": 0.2, "mlm_weight": 0.3, "mlm_share": 0.2,
         "dev": "sts:dev.csv", "dev_every": 7, "dev_sha256": "ab", "model_sha256": "cd",
     },
+    "graph": {"kinds": ["edge-perturb"], "ratio": 0.25, "keep": 0.5},
 }  # fmt: skip
 
 
 def with_table(name: str, table: dict[str, Any]) -> dict[str, Any]:
-    return {"objective": {"moco": "moco", "text": "simcse"}.get(name, "simclr"), name: table}
+    return {"objective": {"moco": "moco", "text": "simcse", "graph": "graphcl"}.get(name, "simclr"), name: table}
 
 
 def test_every_table_and_field_is_tried():
@@ -340,7 +341,7 @@ def test_identity_changes_with_each_field_of_each_table(table: str, field: str):
 
 @pytest.mark.parametrize("table", FULL)
 def test_identity_changes_with_each_table(table: str):
-    base = {"objective": {"moco": "moco", "text": "simcse"}.get(table, "simclr")}
+    base = {"objective": {"moco": "moco", "text": "simcse", "graph": "graphcl"}.get(table, "simclr")}
     assert make_config(with_table(table, FULL[table])).identity() != make_config(base).identity()
 
 
