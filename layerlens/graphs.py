@@ -224,9 +224,8 @@ def dataset_from_graphs(name: str, graphs: Sequence[Any]) -> GraphDataset:
     counts = [int(graph.num_nodes or 0) for graph in graphs]
     edges = [torch.as_tensor(graph.edge_index) for graph in graphs]
     if odd_edges := [i for i, e in enumerate(edges) if e.ndim != 2 or e.shape[0] != 2]:
-        raise DataError(
-            f"{name}: graph {odd_edges[0]} has edge_index {tuple(edges[odd_edges[0]].shape)}, not (2, edges)"
-        )
+        came = tuple(edges[odd_edges[0]].shape)
+        raise DataError(f"{name}: graph {odd_edges[0]} has edge_index of shape {came}; allowed: (2, edges)")
     raw = {
         "node_ptr": np.cumsum([0, *counts]), "edge_ptr": np.cumsum([0, *(e.shape[1] for e in edges)]),
         "edge_index": torch.cat(edges, 1).numpy(),

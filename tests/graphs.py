@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from layerlens.graph_batches import import_graph_extra
 from layerlens.graphs import GraphDataset, Graphs
+
+import_graph_extra()  # the first import of torch_geometric warns
 
 
 def write_tu(root: Path, name: str, count: int, *, seed: int = 0) -> None:
