@@ -166,10 +166,10 @@ class AdviceOutcome(Result):
         ]
         lines += [f"seed {row['seed']}: {_place(row)}, which this sweep does not run" for row in self.outside]
         lines += [f"seed {seed}: its advised run is not finished" for seed in self.unfinished]
-        if self.mean_rank:
+        if len(self.advised) > 1 and self.mean_rank:
             r, of = self.mean_rank, self.advised[0]["of"]
-            reach = "" if math.isnan(r["low"]) else f" (95 % {r['low']:.1f} to {r['high']:.1f})"
-            lines.append(f"mean rank {r['mean']:.1f} of {of}{reach}; by chance {(of + 1) / 2:.1f}")
+            reach = f"(95 % {r['low']:.1f} to {r['high']:.1f})"
+            lines.append(f"mean rank {r['mean']:.1f} of {of} {reach}; by chance {(of + 1) / 2:.1f}")
         for name, d in self.against.items():
             found = Interval(**{k: d[k] for k in ("mean", "low", "high")}, n=int(d["n"]))
             lines.append(f"advised minus {name}: {_signed(found)}, {found.n} seed{'s' if found.n > 1 else ''}")

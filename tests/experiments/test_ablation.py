@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from layerlens.errors import DataError
+from layerlens.errors import ConfigError, DataError
 from layerlens.experiments.ablation import AdviceOutcome, FreezeEffect, advice_outcome, freeze_effects
 from layerlens.experiments.results import Interval, StudyResult
 from layerlens.experiments.tables import sentences
@@ -331,6 +331,25 @@ def test_an_unknown_arm_is_refused(words: dict[str, str]):
         advice_outcome(study(sweep()), **words)
 
 
+def test_the_mean_rank_is_over_the_advised_seeds():
+    assert numbers(Interval(**{**outcome(sweep()).mean_rank, "n": 2})) == pytest.approx(student(1, 3))
+    alone = outcome(sweep(advice={1: ADVICE[1]}))
+    assert alone.mean_rank["mean"] == 3
+    assert "mean rank" not in str(alone)
+    assert outcome(sweep(advice={})).mean_rank == {}
+
+
+def test_the_second_target_can_be_looked_at_too():
+    """It is l1, with the other stop-gradient: rank 4 of seed 0, with stop, and rank 1 of seed 1, without."""
+    found = advice_outcome(study(sweep()), arm="deep", baseline="plain", target=2)
+    assert [(row["layer"], row["stop_gradient"], row["rank"]) for row in found.advised] == [
+        ("l1", True, 4), ("l1", False, 1),
+    ]  # fmt: skip
+    assert advice_outcome(study(sweep()), arm="deep", baseline="plain", target=3).without == (0, 1)
+    with pytest.raises(ConfigError, match="target=0; allowed: 1 for the first target"):
+        advice_outcome(study(sweep()), arm="deep", baseline="plain", target=0)
+
+
 def test_the_outcome_in_words():
     lines = str(outcome(sweep())).splitlines()
     assert lines[:3] == [
@@ -340,8 +359,10 @@ def test_the_outcome_in_words():
     ]
     mean, low, high = student(0.08, 0.04)
     said = f"{100 * mean:+.1f} points (95 % {100 * low:+.1f} to {100 * high:+.1f})"
-    assert lines[3] == f"advised minus baseline: {said}, 2 seeds"
-    assert lines[5] == "advised minus middle layer (l2): +0.0 points (95 % +0.0 to +0.0), 2 seeds"
+    _, low, high = student(1, 3)
+    assert lines[3] == f"mean rank 2.0 of 8 (95 % {low:.1f} to {high:.1f}); by chance 4.5"
+    assert lines[4] == f"advised minus baseline: {said}, 2 seeds"
+    assert lines[6] == "advised minus middle layer (l2): +0.0 points (95 % +0.0 to +0.0), 2 seeds"
 
 
 def test_an_advice_outside_the_sweep_says_what_to_do():
