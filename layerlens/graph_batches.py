@@ -81,10 +81,12 @@ def count_graphs(owner: Tensor) -> int:
 
 
 def first_graphs(batch: Any, count: int = 2) -> Any:
-    """A copy of the first graphs of a batch, as a mapping; of a single graph, all of it."""
+    """A copy of the first graphs of a batch, of the same kind; of a single graph, all of it."""
     fed, owner = fed_with(batch), graph_of_node(batch)
     if owner is None:
-        return {name: part.clone() for name, part in fed.items()}
+        return _like(batch, {name: part.clone() for name, part in fed.items()})
+    if hasattr(batch, "_slice_dict"):  # torch_geometric put it together, and can take it apart
+        return import_graph_extra().data.Batch.from_data_list(batch.to_data_list()[:count])
     few = owner < count
     inside = few[fed[EDGES][0]] & few[fed[EDGES][1]]
     nodes, edges = (NODE, OWNER), ("edge_weight", "edge_attr")

@@ -106,6 +106,11 @@ def test_the_first_graphs_are_a_batch_of_the_same_kind(kind: type):
     get = few.get if kind is dict else lambda name: getattr(few, name)
     assert all(get(name).equal(value) for name, value in expected.items())
     assert len(whole["batch"]) > len(expected["batch"]), "the batch itself is as it was"
+    assert kind is dict or few.num_graphs == 2
+    single = Data(x=torch.ones(3, 1), edge_index=PATH)
+    copied = first_graphs(single)
+    assert copied.edge_index.equal(PATH)
+    assert copied.x is not single.x
 
 
 def test_what_is_a_batch_of_graphs():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layerlens.analysis.column_chunks import centred_columns, checked, float64_columns, gram
-from layerlens.analysis.kernels import CONSTANT, centred_gram
+from layerlens.analysis.kernels import CONSTANT, as_rows, centred_gram
 from layerlens.errors import NonFiniteError
 
 
@@ -28,7 +28,12 @@ def effective_rank(x: Tensor) -> float:
     >>> round(effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])), 6)
     2.0
     """
-    products, scale = centred_gram(x.double())
+    rows = as_rows(x).double()
+    if rows.shape[1] <= len(rows):  # features are fewer than rows, as for nodes or positions
+        centred = rows - rows.mean(0)
+        products, scale = centred.T @ centred, rows.square().sum()
+    else:
+        products, scale = centred_gram(x.double())
     if not bool(products.isfinite().all()):
         raise NonFiniteError("NaN or infinity in the activations; check the input and the weights")
     if products.trace() <= CONSTANT**2 * scale:

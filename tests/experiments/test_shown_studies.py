@@ -72,3 +72,12 @@ def test_the_committed_results_on_sentences_are_those_of_the_ready_study():
     assert make_study(found.study) == read_study("sentence-embeddings").at_scale("hour")
     assert (len(found.runs), found.missing, found.failed) == (81, 0, {})
     assert {run["seed"] for run in found.runs} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["MUTAG", "PROTEINS", "NCI1"])
+def test_the_committed_results_on_graphs_are_those_of_the_ready_study(name: str):
+    found = StudyResult.from_dict(read_json(ROOT / "figures" / f"graph_layers_{name.lower()}" / "result.json"))
+    study = read_study("graph-layers").at_scale("published", data=f"graphs-npz:graphs_{name}.npz")
+    assert make_study({**found.study, "name": study.name}) == study
+    assert (len(found.runs), found.missing, found.failed) == (85, 0, {})
+    assert {line.score.n for line in found.lines("svm")} == {5}
