@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,7 +266,6 @@ def _read_npz(spec: Spec) -> dict[str, Any]:
 def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
     """The text files of a TU data set, by torch_geometric's reader; its pickled cache is never opened."""
     import_graph_extra()
-    from torch_geometric.datasets import TUDataset
     from torch_geometric.io import read_tu_data
 
     name, at, root = spec.argument.partition("@")
@@ -276,10 +278,7 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
                 f"no {name}_A.txt in {str(raw)!r}; `--download` fetches {name} there, or unpack {name}.zip of "
                 f"{TU_HOME} into that folder"
             )
-        try:
-            TUDataset(root, name)
-        except Exception as error:  # whatever the transfer or the archive raises
-            raise DownloadError(f"could not fetch {name} into {root!r}: {error}; see {TU_HOME}") from error
+        _fetch_tu(name, raw)
     try:
         data, slices, sizes = read_tu_data(str(raw), name)
     except Exception as error:  # whatever damaged files make the reader raise
@@ -296,6 +295,21 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
     if data.y is not None and data.y.dtype == torch.int64:
         found["graph_label"] = data.y.numpy()
     return found
+
+
+def _fetch_tu(name: str, raw: Path) -> None:
+    """Fetch the text files as `TUDataset` does, without its pickled cache; the file that is looked for comes last."""
+    from torch_geometric.datasets import TUDataset
+
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw.parent) as place:
+            wanted = SimpleNamespace(url=TUDataset.url, cleaned=False, name=name, raw_dir=place)
+            TUDataset.download(wanted)
+            for file in sorted(Path(place).iterdir(), key=lambda file: file.name == f"{name}_A.txt"):
+                os.replace(file, raw / file.name)
+    except Exception as error:  # whatever the transfer, the archive or the disk raises
+        raise DownloadError(f"could not fetch {name} into {str(raw)!r}: {error}; see {TU_HOME}") from error
 
 
 def _dataset(name: str, raw: dict[str, Any], *, attributes: bool, leave_out: bool) -> GraphDataset:

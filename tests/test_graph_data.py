@@ -20,7 +20,7 @@ from torch_geometric.datasets import TUDataset
 
 from layerlens.augment.graph_views import KINDS, GraphViews
 from layerlens.data import load_data
-from layerlens.errors import ConfigError, DataError, ShapeError, UnknownNameError
+from layerlens.errors import ConfigError, DataError, DownloadError, ShapeError, UnknownNameError
 from layerlens.graph_batches import (
     first_graphs,
     graph_of_node,
@@ -246,6 +246,22 @@ def test_tu_without_node_labels_has_degrees_and_a_graph_without_edges_is_found(t
     (raw / "TOY_node_labels.txt").write_text("0\n" * (nodes + 2))
     with pytest.raises(DataError, match="graph 6 has no edge"):
         load_data(f"tu:TOY@{tmp_path}")
+
+
+def test_a_missing_tu_data_set_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_tu(tmp_path / "server", "TOY", 6)
+    (tmp_path / "server" / "TOY" / "raw").rename(tmp_path / "server" / "zip")
+    (tmp_path / "server" / "TOY").rmdir()
+    (tmp_path / "server" / "zip").rename(tmp_path / "server" / "TOY")
+    shutil.make_archive(str(tmp_path / "TOY"), "zip", tmp_path / "server", "TOY")
+    monkeypatch.setattr(TUDataset, "url", str(tmp_path))
+    found = load_data(f"tu:TOY@{tmp_path / 'data'}", download=True)
+    assert len(found) == 6
+    assert {path.name for path in (tmp_path / "data" / "TOY").iterdir()} == {"raw"}
+    monkeypatch.setattr(TUDataset, "url", str(tmp_path / "nowhere"))
+    assert load_data(f"tu:TOY@{tmp_path / 'data'}", download=True).fingerprint() == found.fingerprint()
+    with pytest.raises(DownloadError, match=r"could not fetch GONE into .*; see https://www\.chrsmrrs\.com"):
+        load_data(f"tu:GONE@{tmp_path / 'data'}", download=True)
 
 
 class _Evil:
