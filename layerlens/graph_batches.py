@@ -70,6 +70,15 @@ def graph_of_node(batch: Any) -> Tensor | None:
             f"batch has shape {tuple(owner.shape)} and {owner.dtype}; allowed: the graph of each of the "
             f"{len(fed.get(NODE, owner))} nodes, int64"
         )
+    return checked_owner(owner)
+
+
+def checked_owner(owner: Tensor) -> Tensor:
+    """The graph of each node, if the nodes of a graph stand together.
+
+    Raises:
+        ShapeError: They do not.
+    """
     if bool((owner.diff() < 0).any()):
         raise ShapeError("the nodes of a batch must stand graph by graph: `batch` may not fall")
     return owner
@@ -83,15 +92,19 @@ def count_graphs(owner: Tensor) -> int:
 def first_graphs(batch: Any, count: int = 2) -> Any:
     """A copy of the first graphs of a batch, of the same kind; of a single graph, all of it."""
     fed, owner = fed_with(batch), graph_of_node(batch)
+    if EDGES not in fed:
+        raise ShapeError("a batch of graphs needs edge_index, shape (2, edges); sparse adjacency matrices are not read")
     if owner is None:
         return _like(batch, {name: part.clone() for name, part in fed.items()})
-    if hasattr(batch, "_slice_dict"):  # torch_geometric put it together, and can take it apart
-        return import_graph_extra().data.Batch.from_data_list(batch.to_data_list()[:count])
     few = owner < count
     inside = few[fed[EDGES][0]] & few[fed[EDGES][1]]
     nodes, edges = (NODE, OWNER), ("edge_weight", "edge_attr")
     cut = {name: fed[name][few] if name in nodes else fed[name][inside] for name in (*nodes, *edges) if name in fed}
-    return _like(batch, {**cut, EDGES: fed[EDGES][:, inside]})
+    made = _like(batch, {**cut, EDGES: fed[EDGES][:, inside]})
+    if is_graph_object(made):
+        made.ptr = torch.nn.functional.pad(torch.bincount(cut[OWNER]).cumsum(0), (1, 0))
+        made._num_graphs = len(made.ptr) - 1
+    return made
 
 
 def _like(batch: Any, parts: dict[str, Tensor]) -> Any:

@@ -96,7 +96,7 @@ class GraphEncoder(nn.Module):
     ) -> None:
         super().__init__()
         check_known("graph network", kind, GRAPH_MODELS)
-        check_known("pooling", pooling, POOLINGS)
+        check_known("pooling", str(pooling), POOLINGS)
         for name, value in (("features", features), ("layers", layers), ("width", width)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{kind} with {name}={value!r}; allowed: a whole number from 1")
@@ -125,8 +125,9 @@ class GraphEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights of all linear layers as GraphCL does, after Glorot; biases are 0."""
+        kinds = (nn.Linear, import_graph_extra().nn.Linear)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, kinds):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

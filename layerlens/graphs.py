@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ GRAPH_SOURCES = {"tu": ("attributes", "empty"), "graphs-npz": ("attributes", "em
 MOST_DEGREES = 64  # larger degrees share the last feature
 TU_HOME = "https://www.chrsmrrs.com/graphkerneldatasets"
 _NEEDED = ("node_ptr", "edge_ptr", "edge_index")
+_KNOWN = (*_NEEDED, "graph_label", "node_label", "node_one_hot", "node_attr", "edge_label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +223,10 @@ def dataset_from_graphs(name: str, graphs: Sequence[Any]) -> GraphDataset:
             f"{name}: graph {odd} has x of shape {tuple(known[odd].shape)}, graph 0 {tuple(known[0].shape)}; allowed: "
             "(nodes, features) with as many features everywhere"
         )
-    ys = [getattr(graph, "y", None) for graph in graphs]
-    labelled = all(y is not None and torch.as_tensor(y).numel() == 1 for y in ys)
+    ys = [None if getattr(graph, "y", None) is None else torch.as_tensor(graph.y) for graph in graphs]
+    labelled = all(y is not None and y.numel() == 1 and not y.is_floating_point() for y in ys)
+    if none := [i for i, graph in enumerate(graphs) if graph.edge_index is None]:
+        raise DataError(f"{name}: graph {none[0]} has no edge_index; allowed: (2, edges)")
     counts = [int(graph.num_nodes or 0) for graph in graphs]
     edges = [torch.as_tensor(graph.edge_index) for graph in graphs]
     if odd_edges := [i for i, e in enumerate(edges) if e.ndim != 2 or e.shape[0] != 2]:
@@ -234,9 +237,9 @@ def dataset_from_graphs(name: str, graphs: Sequence[Any]) -> GraphDataset:
         "edge_index": torch.cat(edges, 1).numpy(),
     }  # fmt: skip
     if known:
-        raw["node_attr"] = torch.cat(known).numpy()
+        raw["node_attr"] = torch.cat([x.detach().float().cpu() for x in known]).numpy()
     if labelled:
-        raw["graph_label"] = np.array([int(torch.as_tensor(y)) for y in ys])
+        raw["graph_label"] = np.array([int(y) for y in ys if y is not None])
     return _dataset(name, raw, attributes=True, leave_out=False)
 
 
@@ -256,7 +259,7 @@ def _read_npz(spec: Spec) -> dict[str, Any]:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError as error:
         raise DataError(f"no file {path!r}; graphs-npz:PATH needs {', '.join(_NEEDED)}") from error
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever a damaged archive makes zipfile and NumPy raise
         raise DataError(f"{path!r} is not a plain npz archive of arrays: {error}") from error
     if missing := [key for key in _NEEDED if key not in arrays]:
         raise DataError(f"{path!r} lacks {missing}; it holds {sorted(arrays)}")
@@ -266,7 +269,7 @@ def _read_npz(spec: Spec) -> dict[str, Any]:
 def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
     """The text files of a TU data set, by torch_geometric's reader; its pickled cache is never opened."""
     import_graph_extra()
-    from torch_geometric.io import read_tu_data
+    from torch_geometric.io import read_tu_data, read_txt_array
 
     name, at, root = spec.argument.partition("@")
     if not name or not at or Path(name).name != name:
@@ -280,9 +283,17 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
             )
         _fetch_tu(name, raw)
     try:
-        data, slices, sizes = read_tu_data(str(raw), name)
+        with _plain_path(raw) as place:
+            data, slices, sizes = read_tu_data(place, name)
+            owner = read_txt_array(str(Path(place) / f"{name}_graph_indicator.txt"), sep=",", dtype=torch.long)
     except Exception as error:  # whatever damaged files make the reader raise
         raise DataError(f"the files of {name} in {str(raw)!r} are damaged: {error}") from error
+    rows = len(owner) if data.x is None else len(data.x)
+    if rows != len(owner) or bool((owner.diff() < 0).any()):
+        raise DataError(
+            f"the files of {name} in {str(raw)!r} are damaged: {rows} rows of node features for {len(owner)} nodes, "
+            "which must stand graph by graph"
+        )
     split = int(sizes["num_node_attributes"])
     node_ptr = slices["x"].numpy() if "x" in slices else np.cumsum([0, *data._num_nodes])
     edge_ptr = slices["edge_index"].numpy()  # ends at the last graph with an edge
@@ -294,7 +305,21 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
             found["node_one_hot"] = labels.numpy()
     if data.y is not None and data.y.dtype == torch.int64:
         found["graph_label"] = data.y.numpy()
+    if data.edge_attr is not None:
+        found["edge_label"] = data.edge_attr.numpy()
     return found
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[str]:
+    """The folder under a name that torch_geometric does not take for a pattern."""
+    if glob.escape(str(folder)) == str(folder):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "raw"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield str(link)
 
 
 def _fetch_tu(name: str, raw: Path) -> None:
@@ -331,6 +356,8 @@ def _dataset(name: str, raw: dict[str, Any], *, attributes: bool, leave_out: boo
             f"{name}: graph {graph} has {int(sizes[graph])} nodes and an edge {edges[:, bad[0]].tolist()}; node "
             "numbers count from 0 within each graph"
         )
+    if not len(most) and not int(sizes.sum()):
+        raise DataError(f"{name}: every graph is without nodes or without edges")
     x, notes = _node_features(name, raw, edges, node_ptr, edge_ptr, attributes)
     y, classes = _classes(name, raw.get("graph_label"), count)
     graphs = Graphs(x=x, edge_index=edges, node_ptr=node_ptr, edge_ptr=edge_ptr)
@@ -372,6 +399,8 @@ def _node_features(
             notes.append(f"its {values.shape[1]} continuous node attributes are not used (,attributes=true uses them)")
     if "edge_label" in raw:
         notes.append("edge labels are not used")
+    if others := sorted(set(raw) - set(_KNOWN)):
+        notes.append(f"arrays of other names are not used: {', '.join(others)}")
     if not parts:
         parts.append(_degrees(edges, node_ptr, edge_ptr))
         notes.append(f"nodes have no features: their degree stands in, one-hot, {MOST_DEGREES} and more alike")

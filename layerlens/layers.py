@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, closest
-from layerlens.graph_batches import NODE, is_graph_object, run_graphs, with_node_features
+from layerlens.graph_batches import NODE, fed_with, holds_graphs, is_graph_object, run_graphs, with_node_features
 from layerlens.untouched import observed, trial_run
 
 INPUT = "input"
@@ -190,9 +190,14 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
 
 
 def main_tensor(output: Any) -> Tensor | None:
-    """The tensor that stands for an output: itself, or the first tensor of a tuple, mapping or dataclass."""
+    """The tensor that stands for an output: itself, or the first tensor of a tuple, mapping or dataclass.
+
+    For a batch of graphs it is `x`.
+    """
     if isinstance(output, Tensor):
         return output
+    if holds_graphs(output) and (nodes := fed_with(output).get(NODE)) is not None:
+        return nodes
     return next((found for part in _parts(output) if (found := main_tensor(part)) is not None), None)
 
 
@@ -200,7 +205,7 @@ def replace_main_tensor(output: Any, new: Tensor) -> Any:
     """The same structure with its main tensor replaced; the original is left as it was."""
     if isinstance(output, Tensor):
         return new
-    if is_graph_object(output):
+    if holds_graphs(output) and NODE in fed_with(output):
         return with_node_features(output, new)
     for position, part in enumerate(_parts(output)):
         if main_tensor(part) is not None:
@@ -346,8 +351,6 @@ def _parts(output: Any) -> Sequence[Any]:
         return list(output.values())
     if isinstance(output, tuple | list):
         return output
-    if is_graph_object(output):
-        return [getattr(output, NODE)]
     if is_dataclass(output) and not isinstance(output, type):
         return [getattr(output, field.name) for field in fields(output)]
     return []

@@ -448,10 +448,11 @@ def compare(
         labels: What figures call the two.
         groups, permutations: As for `similarity_matrix`.
     """
-    chosen, see = (settings or Settings()).on(dataset, first), watch or silent
+    given, see = settings or Settings(), watch or silent
+    chosen, others = given.on(dataset, first), given.on(dataset, second).layers
     batches = batches_of(dataset, chosen, first, second)
     found = similarity_matrix(
-        first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or chosen.layers,
+        first, see(batches, "compare"), chosen.layers, other=second, other_layers=other_layers or others,
         measure=_with_settings(measure, chosen), reduce=chosen.reduce, level=chosen.level, groups=groups,
         permutations=permutations, memory_mib=chosen.memory_mib, seed=chosen.seed, labels=labels,
     )  # fmt: skip

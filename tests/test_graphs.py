@@ -6,7 +6,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from layerlens.graph_batches import (
 )
 from layerlens.graphs import GraphDataset, Graphs, dataset_from_graphs, describe_graphs
 from layerlens.layers import run_batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATH = [(0, 1), (1, 0), (1, 2), (2, 1)]  # 0 - 1 - 2
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]  # in one direction
@@ -441,26 +443,6 @@ def test_an_archive_cut_short_anywhere_is_refused(tmp_path: Path, save: Callable
             load_data(f"graphs-npz:{tmp_path / 'cut.npz'}")
 
 
-def test_a_flipped_bit_in_an_archives_table_of_contents_is_refused_or_without_effect(tmp_path: Path):
-    """The checksums cover the arrays, not the table: versions, flags, names, places and times."""
-    np.savez_compressed(tmp_path / "whole.npz", **arrays())
-    whole = (tmp_path / "whole.npz").read_bytes()
-    expected = load_data(f"graphs-npz:{tmp_path / 'whole.npz'}").fingerprint()
-    refusals, other, table = 0, dict[str, list[int]](), whole.index(b"PK\x01\x02")
-    for place in range(table, len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        (tmp_path / "damaged.npz").write_bytes(damaged)
-        try:
-            assert load_data(f"graphs-npz:{tmp_path / 'damaged.npz'}").fingerprint() == expected
-        except DataError:
-            refusals += 1
-        except Exception as error:
-            other.setdefault(type(error).__name__, []).append(place - table)
-    assert other == {}
-    assert refusals > (len(whole) - table) / 3
-
-
 class Evil:
     """Unpickling it leaves a file behind."""
 
@@ -521,10 +503,14 @@ def write_tu(root: Path, files: dict[str, str] = TOY, **changed: str | None) -> 
     """ROOT/TOY/raw; returns it."""
     raw = root / "TOY" / "raw"
     raw.mkdir(parents=True)
-    for kind, text in {**files, **changed}.items():
+    write_texts(raw, {**files, **changed})
+    return raw
+
+
+def write_texts(raw: Path, files: dict[str, str | None]) -> None:
+    for kind, text in files.items():
         if text is not None:
             (raw / f"TOY_{kind}.txt").write_text(text)
-    return raw
 
 
 def tu(root: Path, options: str = "", **changed: Any) -> GraphDataset:
@@ -629,21 +615,21 @@ def test_a_planted_cache_is_not_opened_by_a_download_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ):
     """A folder that somebody else prepared, whose raw files are fetched; no network: the fetched files are ours."""
-    monkeypatch.setattr(import_graph_extra().datasets.TUDataset, "download", lambda _self: write_tu_once(tmp_path))
+    monkeypatch.setattr(import_graph_extra().datasets.TUDataset, "download", fetched)
     plant(tmp_path / "TOY" / "processed", tmp_path / "ran")
     for path in (tmp_path / "TOY" / "processed").iterdir():
         if path.name not in names:
             path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an error in place of torch_geometric's warning would stop the attack
-        with suppress(DownloadError):
-            load_data(f"tu:TOY@{tmp_path}", download=True)
+        assert len(load_data(f"tu:TOY@{tmp_path}", download=True)) == 2
     assert not (tmp_path / "ran").exists()
 
 
-def write_tu_once(root: Path) -> None:
-    (root / "TOY" / "raw").rmdir() if (root / "TOY" / "raw").exists() else None
-    write_tu(root)
+def fetched(self: Any) -> None:
+    """In place of the network: what `TUDataset.download` leaves in its raw folder."""
+    Path(self.raw_dir).mkdir(parents=True, exist_ok=True)
+    write_texts(Path(self.raw_dir), TOY)
 
 
 def test_missing_tu_files_point_to_download_and_to_their_place(tmp_path: Path):
@@ -658,12 +644,12 @@ def test_a_download_that_fails_is_a_download_error(tmp_path: Path, monkeypatch: 
         raise OSError("no network")
 
     monkeypatch.setattr(import_graph_extra().datasets.TUDataset, "download", fail)
-    with refused(f"could not fetch MUTAG into '{tmp_path}': no network; see https://", DownloadError):
+    with refused(f"could not fetch MUTAG into '{tmp_path}.*': no network; see https://", DownloadError):
         load_data(f"tu:MUTAG@{tmp_path}", download=True)
 
 
 def test_a_download_fetches_what_then_loads_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(import_graph_extra().datasets.TUDataset, "download", lambda _self: write_tu_once(tmp_path))
+    monkeypatch.setattr(import_graph_extra().datasets.TUDataset, "download", fetched)
     first = load_data(f"tu:TOY@{tmp_path}", download=True)
     assert load_data(f"tu:TOY@{tmp_path}").fingerprint() == first.fingerprint()
 

@@ -68,6 +68,9 @@ def measure_layers(
         raise ConfigError(f"groups={groups}; allowed: 0 for no intervals, or 2 or more")
     if not 0 < level < 1:
         raise ConfigError(f"level={level}; allowed: between 0 and 1")
+    reduction = make_reduction(reduce)
+    if found.over == "views" and reduction.kind == "nodes":
+        raise ConfigError(f"{found.name} with reduce='nodes': views of a graph have other nodes; use reduce='graphs'")
     looks = _looks(found, options, Look(model, layers, forward), views)
     options = {name: value for name, value in options.items() if name != "views"}
     state: list[_Batchwise | _WholeSet] = []
@@ -81,7 +84,7 @@ def measure_layers(
         return state[0]
 
     try:
-        sweep_models(looks, loader, begin, reduce=make_reduction(reduce))
+        sweep_models(looks, loader, begin, reduce=reduction)
         return state[0].profile(level)
     finally:
         for part in state:

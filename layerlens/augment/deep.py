@@ -21,7 +21,7 @@ from layerlens.augment.transforms import (
     remove_principal_components,
 )
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, check_known, closest
-from layerlens.graph_batches import OWNER, count_graphs, graph_of_node, holds_graphs
+from layerlens.graph_batches import OWNER, checked_owner, count_graphs, graph_of_node, holds_graphs
 from layerlens.layers import INPUT, call_names, main_tensor, replace_main_tensor
 
 A = TypeVar("A", bound="Attachable")
@@ -279,11 +279,12 @@ class LayerHook:
 
     def _owner_of(self, args: Any, kwargs: Any) -> Tensor | None:
         """The graph of each node that the model is called with."""
-        if args and holds_graphs(args[0]):
-            return graph_of_node(args[0])
-        owner = self._argument(OWNER, args, kwargs)
-        fits = isinstance(owner, Tensor) and owner.ndim == 1 and owner.dtype == torch.int64
-        return owner if fits else None
+        for given in (*args, kwargs, *kwargs.values()):
+            if holds_graphs(given) and (owner := graph_of_node(given)) is not None:
+                return owner
+        found = self._argument(OWNER, args, kwargs)
+        fits = isinstance(found, Tensor) and found.ndim == 1 and found.dtype == torch.int64
+        return checked_owner(found) if fits else None
 
     def _argument(self, name: str, args: Any, named: Mapping[str, Any]) -> Any:
         """An argument of the model's forward, given by name or by place."""

@@ -92,7 +92,8 @@ def _rank(keys: Tensor, owner: Tensor, count: int) -> Tensor:
 def _random_share(owner: Tensor, count: int, share: float, draws: torch.Generator) -> Tensor:
     """A share of the entries of each graph, rounded down; bool, shape (n,)."""
     keys = torch.rand(len(owner), generator=draws, device=owner.device)
-    most = (torch.bincount(owner, minlength=count) * share + 1e-9).floor()
+    sizes = torch.bincount(owner, minlength=count).double()
+    most = (sizes * share + 1e-9).floor().minimum(sizes - 1)  # one is left, however close to 1 the share is
     return _rank(keys, owner, count) < most[owner]
 
 
@@ -114,7 +115,7 @@ def _connected_part(edges: Tensor, owner: Tensor, mine: Tensor, keep: float, dra
         if torch.equal(found, time):
             break
         time = found
-    most = (sizes * keep - 1e-9).ceil().clamp_min(1)
+    most = (sizes.double() * keep - 1e-9).ceil().clamp_min(1)
     return (_rank(time, owner, count) < most[owner]) & time.isfinite()
 
 

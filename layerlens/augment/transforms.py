@@ -116,7 +116,8 @@ def gaussian_noise(
     else:
         noise = torch.randn(h.shape, generator=generator, device=generator.device).to(h)
     if owner is not None:
-        return h + rate * _spread_of_graphs(h.detach().float(), owner).to(h.dtype)[owner] * noise
+        spread = _spread_of_graphs(h.detach().float().reshape(len(h), -1), owner).to(h.dtype)[owner]
+        return h + rate * spread.view(-1, *[1] * (h.ndim - 1)) * noise
     if real is None:
         spread = h.detach().float().reshape(len(h), -1).std(1, unbiased=False).to(h.dtype)
         return h + rate * spread.view(-1, *[1] * (h.ndim - 1)) * noise

@@ -61,16 +61,16 @@ def graph_scores(
     jobs = [part for split in range(splits) for part in _folds(x, y, folds, seed + split)]
     distances = _squared_distances(x)
 
-    def score(job: tuple[Array, Array]) -> tuple[float, float]:
-        train, test = job
-        return _svm(distances, x, y, train, test), probe_accuracy(
-            torch.from_numpy(x[train]), labels[train], torch.from_numpy(x[test]), labels[test],
-            solver="newton-cholesky",
-        )  # fmt: skip
+    def probe(train: Array, test: Array) -> float:
+        rows = torch.from_numpy(x[train]), labels[train], torch.from_numpy(x[test]), labels[test]
+        return probe_accuracy(*rows, solver="newton-cholesky")
 
-    with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = np.array(list(watch(_each(pool.map(score, jobs), len(jobs)), "folds")))
-    means = found.reshape(splits, folds, 2).mean(1)  # (splits, 2)
+    threads = torch.get_num_threads()  # before the limit, which PyTorch has too
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        scored = pool.map(lambda job: _svm(distances, x, y, *job), jobs)
+        svm = list(watch(_each(scored, len(jobs)), "folds"))
+        found = np.array([svm, [probe(*job) for job in jobs]])  # here, as warnings are not caught thread by thread
+    means = found.reshape(2, splits, folds).mean(2).T  # (splits, 2)
     scores = {"svm": float(means[:, 0].mean()), "probe": float(means[:, 1].mean())}
     if splits > 1:
         scores |= {f"{name}_std": float(means[:, k].std(ddof=1)) for k, name in enumerate(("svm", "probe"))}
@@ -124,22 +124,29 @@ def _squared_distances(x: Array) -> Array:
 
 
 def _svm(distances: Array, x: Array, y: Array, train: Array, test: Array) -> float:
-    """Test accuracy of the SVM whose C did best within the training part; of equal ones the smallest."""
+    """Test accuracy of the SVM whose C did best within the training part, of equal ones the smallest.
+
+    A class with a single sample there leaves nothing to choose by: C is then 1.
+    """
     from sklearn.model_selection import StratifiedKFold
     from sklearn.svm import SVC
 
     variance = float(x[train].var())
     gamma = 1.0 / (x.shape[1] * variance) if variance else 1.0  # scikit-learn's gamma="scale"
     gram, labels = np.exp(-gamma * distances[np.ix_(train, train)]), y[train]
-    inner = list(StratifiedKFold(min(INNER_FOLDS, _least(labels))).split(gram, labels))
+    most = min(INNER_FOLDS, _least(labels))
+    inner = list(StratifiedKFold(most).split(gram, labels)) if most > 1 else []
     blocks = [(gram[np.ix_(a, a)], gram[np.ix_(b, a)], labels[a], labels[b]) for a, b in inner]
 
     def within(c: float) -> float:
-        fits = (SVC(C=c, kernel="precomputed").fit(k, known).score(q, asked) for k, q, known, asked in blocks)
+        fits = (
+            SVC(C=c, kernel="precomputed", random_state=0).fit(k, known).score(q, asked)
+            for k, q, known, asked in blocks
+        )
         return float(np.mean(list(fits)))
 
-    best = max(PENALTIES, key=within)  # the first of equals
-    machine = SVC(C=best, kernel="precomputed").fit(gram, labels)
+    best = max(PENALTIES, key=within) if inner else 1.0  # the first of equals
+    machine = SVC(C=best, kernel="precomputed", random_state=0).fit(gram, labels)
     return float(machine.score(np.exp(-gamma * distances[np.ix_(test, train)]), y[test]))
 
 

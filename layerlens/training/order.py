@@ -67,7 +67,10 @@ class Order:
     def _even_batch(self) -> int:
         """Of batches no larger than the configuration's, the largest that part the rows with next to none left."""
         steps = -(-len(self.rows) // self.config.batch_size)
-        return len(self.rows) // steps // self.parts * self.parts
+        even = len(self.rows) // steps // self.parts * self.parts
+        if even // self.parts >= 2:
+            return even
+        return min(self.config.batch_size, len(self.rows) // self.parts * self.parts)  # so small that some are left out
 
     def _groups(self, labelled: int) -> list[tuple[Tensor, int]]:
         """Rows of each kind, and how many of them each forward pass holds; kinds keep their places in a batch."""

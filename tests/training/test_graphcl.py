@@ -16,9 +16,11 @@ from torch import Tensor
 import layerlens as ll
 from layerlens.errors import ConfigError, ShapeError
 from layerlens.pipeline import Settings
+from layerlens.training import loop
 from layerlens.training.checkpoint import load_state
 from layerlens.training.config import LATER, RunConfig, make_config
 from layerlens.training.loop import Progress, train
+from layerlens.training.objectives import graphcl
 from layerlens.training.order import Order
 from layerlens.training.run_folder import RunResult, read_metrics
 
@@ -70,6 +72,65 @@ def test_the_loss_needs_pairs(rows: int):
         ll.graph_cl(torch.eye(4), temperature=0)
 
 
+def equation_3(anchors: Tensor, others: Tensor, place: int, temperature: float) -> float:
+    """The mean over anchors; anchor i's partner is row `place` + i of the others; one number at a time."""
+    total = 0.0
+    for i, anchor in enumerate(anchors.double()):
+        scores = [
+            math.exp(float(anchor @ other / (anchor.norm() * other.norm())) / temperature) for other in others.double()
+        ]
+        total -= math.log(scores[place + i] / (sum(scores) - scores[place + i]))
+    return total / len(anchors)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 2.0])
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_the_loss_is_its_equation_at_any_size_temperature_and_scale(n: int, temperature: float):
+    z = torch.randn(2 * n, 7, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    expected = equation_3(z[:n], z[n:], 0, temperature)
+    assert ll.graph_cl(z, temperature=temperature).item() == pytest.approx(expected, rel=1e-10)
+    assert ll.graph_cl(z.float(), temperature=temperature, scale=3.0).item() == pytest.approx(3 * expected, rel=1e-4)
+
+
+def test_the_length_of_a_projection_does_not_count():
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = torch.linspace(0.1, 9, 12, dtype=torch.float64)[:, None]
+    assert ll.graph_cl(lengths * z).item() == pytest.approx(ll.graph_cl(z).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype):
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = ll.graph_cl(z)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(equation_3(z[:6], z[6:], 0, 0.2), rel=1e-5)
+
+
+def test_the_second_views_of_all_ranks_are_the_others(monkeypatch: pytest.MonkeyPatch):
+    """As on the second of two ranks: the others' second views come first, and no gradient goes to them."""
+    draws = torch.Generator().manual_seed(0)
+    mine, others = (torch.randn(count, 5, generator=draws, dtype=torch.float64) for count in (8, 4))
+    mine.requires_grad_()
+    theirs = torch.nn.functional.normalize(others, dim=1)
+    monkeypatch.setattr(graphcl, "rank", lambda: 1)
+    monkeypatch.setattr(graphcl, "gather_rows", lambda rows: torch.cat([theirs, rows]))
+    expected = equation_3(mine[:4].detach(), torch.cat([others, mine[4:].detach()]), 4, 0.2)
+    assert ll.graph_cl(mine).item() == pytest.approx(expected, rel=1e-10)
+    assert torch.autograd.gradcheck(ll.graph_cl, mine)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2, 3), (0, 3), (3, 3)])
+def test_projections_that_are_no_pairs_of_rows_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ShapeError, match=r"GraphCL needs 2n >= 4 rows of shape \(2n, d\); got"):
+        ll.graph_cl(torch.ones(shape))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_no_softmax_has_is_refused(temperature: float):
+    with pytest.raises(ConfigError, match=rf"temperature={temperature}; allowed: above 0"):
+        ll.graph_cl(torch.eye(4), temperature=temperature)
+
+
 # --- batches ---
 
 
@@ -91,7 +152,72 @@ def test_parts_and_ranks_share_a_batch():
         Order(make_config({**SMALL, "batch_size": 64, "accumulate": 16}), rings_and_stars(24))
 
 
+@pytest.mark.parametrize(("accumulate", "devices"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("graphs", [61, 188])
+def test_no_graph_comes_twice_an_epoch_in_any_layout(graphs: int, accumulate: int, devices: int):
+    layout = {"batch_size": 128, "accumulate": accumulate, "devices": devices}
+    order = Order(make_config({**SMALL, **layout}), rings_and_stars(graphs))
+    part = order.batch // (accumulate * devices)
+    for epoch in range(3):
+        rows = order.epoch(epoch)
+        assert tuple(rows.shape) == (order.steps, devices, accumulate, part)
+        assert len(rows.unique()) == rows.numel()
+        assert graphs - rows.numel() < order.steps * accumulate * devices, "next to none are left out"
+
+
+def test_188_graphs_in_batches_of_at_most_128_are_two_of_94_or_of_92_in_four_parts():
+    one = Order(make_config({**SMALL, "batch_size": 128}), rings_and_stars(188))
+    four = Order(make_config({**SMALL, "batch_size": 128, "accumulate": 2, "devices": 2}), rings_and_stars(188))
+    assert (one.steps, one.batch, tuple(one.epoch(0).shape)) == (2, 94, (2, 1, 1, 94))
+    assert (four.steps, four.batch, tuple(four.epoch(0).shape)) == (2, 92, (2, 2, 2, 23))
+
+
+@pytest.mark.parametrize("graphs", [9, 17, 100])
+def test_a_batch_that_the_graphs_fill_is_not_refused(graphs: int):
+    """Eight graphs in four parts of two is the smallest batch that the settings allow."""
+    order = Order(make_config({**SMALL, "batch_size": 8, "accumulate": 4}), rings_and_stars(graphs))
+    assert order.batch == 8
+    assert order.steps == graphs // 8
+
+
+@pytest.mark.parametrize(("graphs", "accumulate"), [(1, 1), (6, 4)])
+def test_too_few_graphs_for_a_batch_are_refused(graphs: int, accumulate: int):
+    chosen = make_config({**SMALL, "batch_size": 8, "accumulate": accumulate})
+    with pytest.raises(ConfigError, match=f"batch_size=8 but only {graphs} training graphs; use a smaller batch"):
+        Order(chosen, rings_and_stars(graphs))
+
+
 # --- rules ---
+
+
+IDENTITIES = [  # made by the commit before graphs came, b6f3bf8
+    ({}, "9bd7fa97d63b678f"),
+    ({"objective": "simclr", "model": "mlp", "epochs": 3}, "ec2390a2e9e1a8a4"),
+    ({"objective": "supcon", "labels": 0.5}, "8edb18f29b94f8f6"),
+    ({"objective": "moco", "moco": {"queue": 512}}, "8437aa37a7c3cea2"),
+    ({"objective": "supervised"}, "c6917b364b018484"),
+    ({"objective": "simcse"}, "20bd1c6c66dbd93e"),
+    ({"objective": "mlm"}, "abfb634df824e0da"),
+    ({"augment": {"layer": "layer4", "stop_gradient": True}}, "9b5686312295d0de"),
+]
+
+
+@pytest.mark.parametrize(("settings", "identity"), IDENTITIES)
+def test_runs_of_other_objectives_keep_the_identity_that_they_had(settings: dict[str, Any], identity: str):
+    assert "graph" in LATER
+    assert make_config(settings).identity() == identity
+    assert make_config({**settings, "graph": None}).identity() == identity
+
+
+@pytest.mark.parametrize("table", [{"ratio": 0.2}, {"keep": 0.3}, {"kinds": ["node-drop"]}])
+def test_other_views_of_graphs_are_another_run(table: dict[str, Any]):
+    assert make_config({**SMALL, "graph": table}).identity() != make_config(SMALL).identity()
+    assert make_config({**SMALL, "graph": {}}).identity() == make_config(SMALL).identity()
+
+
+def test_a_setting_that_is_none_is_the_default_of_graphs():
+    given = {"learning_rate": None, "temperature": None, "graph": None, "labels": None}
+    assert make_config({"objective": "graphcl", **given}) == make_config({"objective": "graphcl"})
 
 
 def test_the_defaults_are_graphcls():
@@ -146,6 +272,101 @@ def test_data_models_and_objectives_must_fit(tmp_path: Path, settings: dict[str,
 
 
 # --- runs ---
+
+
+def passes_of_first_step(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], Tensor, float, Order]:
+    """What goes into the network in a run of one step, what comes out, the loss that is logged, and the order."""
+    chosen, data = make_config({**SMALL, "epochs": 1, "batch_size": 24, **settings}), rings_and_stars()
+    trainer = loop._Trainer(loop.resolve(chosen, data), data, folder, "cpu", None)
+    seen: list[tuple[dict[str, Tensor], Tensor]] = []
+
+    def keep(_module: Any, _args: Any, inputs: dict[str, Tensor], output: Tensor) -> None:
+        seen.append(({name: value.clone() for name, value in inputs.items()}, output.detach().clone()))
+
+    trainer.network.register_forward_hook(keep, with_kwargs=True)
+    trainer.run()
+    ((inputs, output),) = seen
+    (row,) = read_metrics(folder)
+    return inputs, output, row["loss"], trainer.order
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "loss_scale": 3.0}, {"graph": {"kinds": ["subgraph"]}}])
+def test_the_logged_loss_is_the_equation_of_the_networks_outputs(tmp_path: Path, settings: dict[str, Any]):
+    _, output, loss, _ = passes_of_first_step(tmp_path, **settings)
+    assert output.shape == (48, 8)
+    expected = equation_3(output[:24], output[24:], 0, settings.get("temperature", 0.2))
+    assert loss == pytest.approx(settings.get("loss_scale", 1.0) * expected, rel=1e-4)
+
+
+def test_without_views_the_network_sees_each_graph_twice_as_it_is(tmp_path: Path):
+    augment = {"layer": "pool", "fraction": 0.0}
+    inputs, output, _, order = passes_of_first_step(tmp_path, graph={"kinds": []}, augment=augment)
+    plain = rings_and_stars().graphs.pick(order.epoch(0).flatten())
+    nodes, edges = len(plain["x"]), plain["edge_index"].shape[1]
+    assert torch.equal(inputs["x"], plain["x"].repeat(2, 1))
+    assert torch.equal(inputs["batch"], torch.cat([plain["batch"], plain["batch"] + 24]))
+    assert torch.equal(inputs["edge_index"][:, :edges], plain["edge_index"])
+    assert torch.equal(inputs["edge_index"][:, edges:], plain["edge_index"] + nodes)
+    torch.testing.assert_close(output[:24], output[24:])
+
+
+def test_the_two_views_of_a_graph_are_drawn_anew(tmp_path: Path):
+    inputs, _, _, order = passes_of_first_step(tmp_path, graph={"kinds": ["node-drop"], "ratio": 0.3})
+    whole = rings_and_stars().graphs.pick(order.epoch(0).flatten())
+    sizes = torch.bincount(inputs["batch"]).view(2, 24)
+    expected = torch.bincount(whole["batch"])
+    assert torch.equal(sizes[0], sizes[1])
+    assert torch.equal(sizes[0], expected - (expected * 0.3 + 1e-9).floor().long())
+    first, second = inputs["x"].chunk(2)
+    assert not torch.equal(first, second)
+
+
+def test_another_seed_is_another_run(tmp_path: Path):
+    for seed in (0, 1):
+        run(tmp_path / str(seed), seed=seed, epochs=1)
+    first, second = (weights(tmp_path / str(seed), 1) for seed in (0, 1))
+    assert not first["head.0.weight"].equal(second["head.0.weight"])
+
+
+def test_an_interrupted_run_with_everything_on_ends_with_the_same_weights_metrics_and_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rich = {
+        "augment": {"layer": "layer2", "stop_gradient": True, "pairs": "one"}, "holdout": 0.25, "keep_every": 1,
+        "batch_size": 6, "graph": {"kinds": ["node-drop", "edge-perturb", "feature-mask", "subgraph"], "ratio": 0.2},
+    }  # fmt: skip
+    run(tmp_path / "calm", **rich)
+    for save_every in (-1.0, 60.0):
+        folder = tmp_path / f"cut {save_every}"
+        monkeypatch.setattr(loop, "SAVE_EVERY_S", save_every)
+        for stop in (2, 4, 6):
+
+            def interrupt(progress: Progress, stop: int = stop) -> None:
+                if progress.step == stop:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                train(make_config({**SMALL, **rich}), folder, dataset=rings_and_stars(), device="cpu",
+                      progress=interrupt)  # fmt: skip
+        result = run(folder, **rich)
+        for epoch in (0, 1, 2):
+            calm, cut = weights(tmp_path / "calm", epoch), weights(folder, epoch)
+            assert all(value.equal(cut[name]) for name, value in calm.items()), epoch
+        rows = [
+            [{k: v for k, v in row.items() if k != "wall_s"} for row in read_metrics(place)]
+            for place in (tmp_path / "calm", folder)
+        ]
+        assert rows[0] == rows[1]
+        assert len(result.checkpoints) == 3
+        assert not (folder / "resume.pt").exists()
+
+
+def test_no_hook_is_left_on_the_network(tmp_path: Path):
+    chosen, data = make_config({**SMALL, "augment": {"layer": "1,pool"}}), rings_and_stars()
+    trainer = loop._Trainer(loop.resolve(chosen, data), data, tmp_path, "cpu", None)
+    trainer.run()
+    modules = list(trainer.network.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def test_training_lowers_the_loss_and_a_second_run_is_the_same(tmp_path: Path):
