@@ -211,7 +211,7 @@ def dataset_from_graphs(name: str, graphs: Sequence[Any]) -> GraphDataset:
     """
     if not len(graphs):
         raise DataError(f"{name} holds no graph")
-    given = [getattr(graph, "x", None) for graph in graphs]
+    given = [None if getattr(graph, "x", None) is None else torch.as_tensor(graph.x) for graph in graphs]
     known = [x for x in given if x is not None]
     if known and len(known) < len(given):
         missing = next(i for i, x in enumerate(given) if x is None)
@@ -228,7 +228,7 @@ def dataset_from_graphs(name: str, graphs: Sequence[Any]) -> GraphDataset:
     if none := [i for i, graph in enumerate(graphs) if graph.edge_index is None]:
         raise DataError(f"{name}: graph {none[0]} has no edge_index; allowed: (2, edges)")
     counts = [int(graph.num_nodes or 0) for graph in graphs]
-    edges = [torch.as_tensor(graph.edge_index) for graph in graphs]
+    edges = [torch.as_tensor(graph.edge_index).cpu() for graph in graphs]
     if odd_edges := [i for i, e in enumerate(edges) if e.ndim != 2 or e.shape[0] != 2]:
         came = tuple(edges[odd_edges[0]].shape)
         raise DataError(f"{name}: graph {odd_edges[0]} has edge_index of shape {came}; allowed: (2, edges)")

@@ -339,6 +339,11 @@ class LayerHook:
             return replace_main_tensor(output, self.operator.augment(found, self.mask))
         if self.owner is not None and found.ndim and len(found) == len(self.owner):
             return replace_main_tensor(output, self.operator.augment(found, owner=self.owner))
+        if self.owner is not None and found.ndim and len(found) != count_graphs(self.owner):
+            raise ShapeError(
+                f"{self.layer!r} gives {len(found)} rows for {len(self.owner)} nodes of {count_graphs(self.owner)} "
+                "graphs; allowed: a layer with a row per node or per graph"
+            )
         return replace_main_tensor(output, self.operator.augment(found))
 
 

@@ -18,9 +18,10 @@ KINDS = ("node-drop", "edge-perturb", "feature-mask", "subgraph")
 class GraphViews:
     """A random view of each graph, of one kind that is drawn for it.
 
-    `node-drop` leaves out nodes and their edges. `edge-perturb` leaves out undirected edges and puts as many new ones
-    between nodes that had none. `feature-mask` sets the features of nodes to 0. `subgraph` keeps a connected part
-    that grew from a random node: each next node comes over a random edge at the rim (first-passage percolation).
+    `node-drop` leaves out nodes and their edges. `edge-perturb` leaves out undirected edges and draws as many pairs of
+    nodes, of which those that had no edge get one. `feature-mask` sets the features of nodes to 0. `subgraph` keeps a
+    connected part that grew from a random node: each next node comes over a random edge at the rim (first-passage
+    percolation).
 
     Attributes:
         kinds: From which each graph's is drawn; empty for the graphs as they are.

@@ -74,7 +74,7 @@ def dropout_channels_of_graphs(
         rate: Probability in [0, 1] that a feature of a graph is zeroed; the others are scaled by 1 / (1 - rate).
         generator: Where the draw comes from; the global generator by default.
     """
-    return h * dropout(h.new_ones(count_graphs(owner), h.shape[1]), rate, generator=generator)[owner]
+    return h * dropout(h.new_ones(count_graphs(owner), *h.shape[1:]), rate, generator=generator)[owner]
 
 
 def dropout_nodes(h: Tensor, owner: Tensor, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
@@ -86,7 +86,7 @@ def dropout_nodes(h: Tensor, owner: Tensor, rate: float, *, generator: torch.Gen
         rate: Probability in [0, 1] that a node is zeroed; the others are scaled by 1 / (1 - rate).
         generator: Where the draw comes from; the global generator by default.
     """
-    return h * dropout(h.new_ones(len(h), 1), rate, generator=generator)
+    return h * dropout(h.new_ones(len(h), *[1] * (h.ndim - 1)), rate, generator=generator)
 
 
 def gaussian_noise(

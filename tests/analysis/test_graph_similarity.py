@@ -446,6 +446,17 @@ def test_intervals_are_finite_and_hold_the_value(reduce: str, measure: str):
     assert found.samples == (80 if reduce == "graphs" else len(data.graphs.x))
 
 
+def test_the_nodes_of_a_batch_with_one_graph_have_a_matrix():
+    """From which no interval can be told, as nodes belong together by graph."""
+    batch = DATA.graphs.pick(torch.tensor([0]))
+    found = matrix(loader=[batch], layers=NODE_LAYERS, reduce="nodes")
+    states = states_by_hand(batch)
+    assert found.between("layer1", "layer3") == pytest.approx(
+        minibatch_cka([states["layer1"]], [states["layer3"]]), abs=1e-5
+    )
+    assert found.samples == len(batch["x"])
+
+
 def test_intervals_of_nodes_rest_on_graphs_not_on_nodes():
     """Three copies of each node, side by side in its graph: thrice as many rows, and no more known."""
 
@@ -507,7 +518,7 @@ def test_measures_over_views_run_at_every_layer(measure: str):
 def test_nodes_of_views_that_drop_other_nodes_are_no_pairs(kinds: tuple[str, ...]):
     """Row i of one view is another node than row i of the other, also where both views are equally large."""
     views = seeing(GraphViews(kinds=kinds, ratio=0.3, keep=0.5))
-    with pytest.raises(LayerlensError):
+    with pytest.raises(ConfigError, match=r"alignment with reduce='nodes': .* use reduce='graphs'"):
         measure_layers(encoder(), batches(), NODE_LAYERS, reduce="nodes", measure="alignment", views=views)
 
 
@@ -671,6 +682,37 @@ def test_more_attributes_of_a_batch_do_no_harm():
 
     found = matrix(encoder(), DataLoader(list(rich()), batch_size=SIZE), reduce="graphs")
     np.testing.assert_allclose(found.values, matrix(reduce="graphs").values, atol=1e-6)
+
+
+class Reads(Whole):
+    """A model that also reads what stands beside x: something for each node, edge or graph."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(encoder())
+        self.what = what
+
+    def forward(self, data: Any) -> Tensor:
+        more = getattr(data, self.what)
+        if self.what == "pos":
+            more = pool_nodes(more, data.batch, data.num_graphs)
+        elif self.what == "edge_label":
+            more = pool_nodes(more, data.batch[data.edge_index[0]], data.num_graphs)
+        elif self.what == "ptr":
+            more = more.diff()[:, None].float()
+        return super().forward(data) + more.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("what", ["pos", "edge_label", "u", "ptr"])
+def test_a_model_may_read_more_of_a_batch_than_nodes_and_edges(what: str):
+    graphs = objects()
+    for graph in graphs:
+        graph.pos, graph.u = torch.ones(len(graph.x), 2), torch.ones(1, 4)
+        graph.edge_label = torch.ones(graph.edge_index.shape[1], 3)
+    loader, names = DataLoader(graphs, batch_size=SIZE), [f"inner.{name}" for name in LAYERS]
+    found = matrix(Reads(what), loader, names, reduce="graphs")
+    np.testing.assert_allclose(found.values, matrix(reduce="graphs").values, atol=1e-6)
+    embedding = torch.cat(rows_of("pool", "graphs")).float()
+    torch.testing.assert_close(features(Reads(what), loader, "inner.pool"), embedding, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [Named, Whole])

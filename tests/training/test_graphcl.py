@@ -15,6 +15,7 @@ from torch import Tensor
 
 import layerlens as ll
 from layerlens.errors import ConfigError, ShapeError
+from layerlens.graphs import GraphDataset, Graphs
 from layerlens.pipeline import Settings
 from layerlens.training import loop
 from layerlens.training.checkpoint import load_state
@@ -185,6 +186,15 @@ def test_too_few_graphs_for_a_batch_are_refused(graphs: int, accumulate: int):
     chosen = make_config({**SMALL, "batch_size": 8, "accumulate": accumulate})
     with pytest.raises(ConfigError, match=f"batch_size=8 but only {graphs} training graphs; use a smaller batch"):
         Order(chosen, rings_and_stars(graphs))
+
+
+def test_a_data_set_without_graphs_is_refused():
+    nothing = Graphs(
+        x=torch.ones(0, 3), edge_index=torch.ones(2, 0).long(), node_ptr=torch.zeros(1).long(),
+        edge_ptr=torch.zeros(1).long(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="only 0 training graphs"):
+        Order(make_config(SMALL), GraphDataset(name="nothing", graphs=nothing, y=None))
 
 
 # --- rules ---
