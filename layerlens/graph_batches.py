@@ -98,8 +98,18 @@ def first_graphs(batch: Any, count: int = 2) -> Any:
         return _like(batch, {name: part.clone() for name, part in fed.items()})
     few = owner < count
     inside = few[fed[EDGES][0]] & few[fed[EDGES][1]]
-    nodes, edges = (NODE, OWNER), ("edge_weight", "edge_attr")
-    cut = {name: fed[name][few] if name in nodes else fed[name][inside] for name in (*nodes, *edges) if name in fed}
+    whole: dict[int, Any] = {
+        len(inside): inside,
+        count_graphs(owner): slice(count),
+        len(owner): few,
+    }  # of edges, graphs or nodes
+    parts = batch if isinstance(batch, Mapping) else batch.to_dict()
+    cut = {
+        name: part[whole[len(part)]]
+        for name, part in parts.items()
+        if isinstance(part, Tensor) and part.ndim and len(part) in whole and name != EDGES
+    }
+    cut |= {name: fed[name][few] for name in (NODE, OWNER) if name in fed}
     made = _like(batch, {**cut, EDGES: fed[EDGES][:, inside]})
     if is_graph_object(made):
         made.ptr = torch.nn.functional.pad(torch.bincount(cut[OWNER]).cumsum(0), (1, 0))

@@ -153,7 +153,7 @@ def make_reduction(text: str | Reduction) -> Reduction:
     """A reduction from its specification.
 
     >>> make_reduction("positions,grid=4")
-    Reduction(kind='positions', grid=4, channels='first')
+    Reduction(kind='positions', grid=4, channels='first', pool='sum')
     """
     if isinstance(text, Reduction):
         return text

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerlens.analysis.kernels import u_centre_
+from layerlens.errors import BatchTooSmallError
 
 _BLOCK = 1 << 20  # numbers in a temporary copy
 _PAIR_ROWS = 512  # samples, at most, that the second-order part of the error is estimated from
@@ -224,7 +225,15 @@ def _u_statistic_covariance(n: int, total: Tensor, rows: Tensor, pairs: Tensor) 
 
 
 def _between_samples(parts: Tensor, total: Tensor) -> Tensor:
-    """Covariance of the total when samples, each with several rows, are drawn, to first order; shape (2, 3, L, L)."""
+    """Covariance of the total when samples, each with several rows, are drawn, to first order; shape (2, 3, L, L).
+
+    Raises:
+        BatchTooSmallError: A single sample, which shows no variation.
+    """
+    if len(parts) < 2:
+        raise BatchTooSmallError(
+            "a batch of one sample with many rows shows no variation between samples; use batches of 2 or more"
+        )
     own, m = total.diagonal(), len(parts)
     products = torch.stack([total * total, total * own[:, None], own[:, None] * own])
     first = 4 * m / (m - 1) * (_row_products(parts) - products / m)

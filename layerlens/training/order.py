@@ -66,7 +66,7 @@ class Order:
 
     def _even_batch(self) -> int:
         """Of batches no larger than the configuration's, the largest that part the rows with next to none left."""
-        steps = -(-len(self.rows) // self.config.batch_size)
+        steps = max(-(-len(self.rows) // self.config.batch_size), 1)
         even = len(self.rows) // steps // self.parts * self.parts
         if even // self.parts >= 2:
             return even

@@ -25,7 +25,7 @@ from layerlens.analysis.results import SimilarityMatrix
 from layerlens.analysis.similarity import sample_influence, similarity_matrix
 from layerlens.analysis.subspace import svcca
 from layerlens.augment.graph_views import GraphViews
-from layerlens.errors import ConfigError, LayerlensError, ShapeError, UnknownLayerError
+from layerlens.errors import BatchTooSmallError, ConfigError, LayerlensError, ShapeError, UnknownLayerError
 from layerlens.graph_models import GraphEncoder
 from layerlens.graphs import GraphDataset
 from layerlens.models import ProjectionHead, build_model
@@ -446,15 +446,11 @@ def test_intervals_are_finite_and_hold_the_value(reduce: str, measure: str):
     assert found.samples == (80 if reduce == "graphs" else len(data.graphs.x))
 
 
-def test_the_nodes_of_a_batch_with_one_graph_have_a_matrix():
-    """From which no interval can be told, as nodes belong together by graph."""
+def test_the_nodes_of_one_graph_in_a_batch_are_too_few():
+    """No interval can be told from them, as nodes belong together by graph."""
     batch = DATA.graphs.pick(torch.tensor([0]))
-    found = matrix(loader=[batch], layers=NODE_LAYERS, reduce="nodes")
-    states = states_by_hand(batch)
-    assert found.between("layer1", "layer3") == pytest.approx(
-        minibatch_cka([states["layer1"]], [states["layer3"]]), abs=1e-5
-    )
-    assert found.samples == len(batch["x"])
+    with pytest.raises(BatchTooSmallError, match="a batch of one sample with many rows shows no variation"):
+        matrix(loader=[batch], layers=NODE_LAYERS, reduce="nodes")
 
 
 def test_intervals_of_nodes_rest_on_graphs_not_on_nodes():
