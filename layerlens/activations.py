@@ -108,6 +108,10 @@ class Look:
     label: str = ""
     view: Callable[[Batch], Batch] | None = None
 
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on what it sees of a batch."""
+        return (self.forward or run_batch)(model, batch if self.view is None else self.view(batch))
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -201,7 +205,7 @@ class _Pass:
 
     def __init__(self, look: Look, raw: Batch, offset: int) -> None:
         self.look, self.offset, self.device = look, offset, device_of(look.model)
-        found, self.arrange = _first_look(look.model, to_device(raw, self.device), look.forward)
+        found, self.arrange = _first_look(look.model, to_device(raw, self.device), look.run)
         self.layers = select(look.model, found, look.layers)
         whole = type(look.model).__name__ in ("OptimizedModule", "DataParallel") or not self.layers
         self.stops = look.forward is None and not whole and self.layers[-1].name != found[-1].name

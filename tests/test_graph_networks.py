@@ -280,7 +280,7 @@ def test_what_is_a_sample_must_be_said(layers: str, reduce: str, error: type[Exc
 def test_images_have_neither_nodes_nor_graphs():
     with pytest.raises(ConfigError, match="reduce='nodes' is for batches of graphs; allowed here: flatten, pool"):
         make_reduction("nodes")(torch.ones(4, 3))
-    with pytest.raises(ConfigError, match="nodes as samples allow the linear kernel only"):
+    with pytest.raises(ConfigError, match="nodes or positions as samples allow the linear kernel only"):
         ll.similarity_matrix(encoder(), [batch_of()], reduce="nodes", permutations=10)
     assert pool_nodes(torch.tensor([[1.0], [2.0], [6.0]]), torch.tensor([0, 0, 1]), 2).tolist() == [[3.0], [6.0]]
 

@@ -85,7 +85,7 @@ class StreamingCKA:
             raise ConfigError(f"permutations={permutations}; allowed: 0 or more")
         if positions and (kernel != "linear" or influence or permutations):
             raise ConfigError(
-                "positions or nodes as samples allow the linear kernel only, without influence or permutations"
+                "nodes or positions as samples allow the linear kernel only, without influence or permutations"
             )
         self.layers, self.kernel, self.rbf_factor, self.level = tuple(layers), kernel, rbf_factor, level
         self.errors, self.keep_each, self.permutations = errors, influence, permutations

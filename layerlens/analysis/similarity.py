@@ -100,7 +100,7 @@ def similarity_matrix(
     _check_settings(found.name, options, tolerance=tolerance, settle=settle, sharded=sharded, labels=labels)
     if permutations and reduction.many:
         raise ConfigError(
-            "positions or nodes as samples allow the linear kernel only, and no permutations: they belong together by "
+            "nodes or positions as samples allow the linear kernel only, and no permutations: they belong together by "
             "sample"
         )
     looks = [Look(model, layers, forward, "" if other is None else f"{labels[0]}:")]

@@ -30,9 +30,9 @@ METHODS: dict[str, type[Method]] = {
 
 COUNTED = 100_000  # sentences that are looked at for their length
 _OBJECTIVES = {
-    "images": "Use an objective for images such as simclr",
-    "sentences": "Use simcse, pairs or mlm",
-    "graphs": "Use graphcl",
+    "images": "an objective for images such as simclr",
+    "sentences": "simcse, pairs or mlm",
+    "graphs": "graphcl",
 }
 _DATA = {
     "images": "digits, npz:PATH, …",
@@ -196,9 +196,10 @@ def check_data(config: RunConfig, dataset: AnyDataset) -> None:
     kinds = {Dataset: "images", TextDataset: "sentences", GraphDataset: "graphs"}
     there = next(word for kind, word in kinds.items() if isinstance(dataset, kind))
     if there != config.samples:
+        ways = [_DATA[config.samples], _OBJECTIVES[there]]
         raise ConfigError(
-            f"objective={config.objective!r} trains on {config.samples}; {dataset.name} has {there}. "
-            f"{_OBJECTIVES[there]}, or data for this one: {_DATA[config.samples]}"
+            f"objective={config.objective!r} trains on {config.samples}; {dataset.name} has {there}. Use "
+            + ", or ".join(ways if there == "images" else reversed(ways))
         )
     if config.objective == "pairs" and isinstance(dataset, TextDataset) and len(dataset.columns) < 2:
         raise ConfigError(f"objective='pairs' needs pairs of sentences; {dataset.name} has single ones. Use pairs:PATH")

@@ -26,6 +26,7 @@ from layerlens.analysis.similarity import sample_influence, similarity_matrix
 from layerlens.analysis.subspace import svcca
 from layerlens.augment.graph_views import GraphViews
 from layerlens.errors import BatchTooSmallError, ConfigError, LayerlensError, ShapeError, UnknownLayerError
+from layerlens.graph_batches import first_graphs
 from layerlens.graph_models import GraphEncoder
 from layerlens.graphs import GraphDataset
 from layerlens.models import ProjectionHead, build_model
@@ -405,7 +406,7 @@ def test_a_batch_that_does_not_fit_its_nodes_is_refused(owner: Tensor, match: st
 
 @pytest.mark.parametrize("options", [{"permutations": 5}, {"measure": "cka,kernel=rbf"}])
 def test_nodes_allow_neither_permutations_nor_the_rbf_kernel(options: dict[str, Any]):
-    with pytest.raises(ConfigError, match=r"positions or nodes as samples allow the linear kernel only"):
+    with pytest.raises(ConfigError, match=r"nodes or positions as samples allow the linear kernel only"):
         matrix(layers=NODE_LAYERS, reduce="nodes", **options)
 
 
@@ -495,6 +496,8 @@ def test_alignment_under_views_that_drop_nodes_is_that_of_the_pooled_views(kinds
     whole = [DATA.graphs.pick(torch.arange(COUNT))]
     found = measure_layers(encoder(), whole, reduce="graphs", measure="alignment", views=seeing(views))
     see = seeing(views)
+    for _ in range(2):  # the first look at each of the two, which says which layers run
+        see(first_graphs(whole[0]))
     shown = [see(whole[0]) for _ in range(2)]
     assert all(len(view["x"]) < len(whole[0]["x"]) for view in shown)
     assert found.layers == LAYERS
@@ -644,7 +647,7 @@ def test_any_measure_of_a_network_on_graphs_has_its_layers(measure: str):
 
 
 def test_permutations_with_nodes_are_refused_on_the_whole_path():
-    with pytest.raises(ConfigError, match=r"positions or nodes as samples allow .* no permutations"):
+    with pytest.raises(ConfigError, match=r"nodes or positions as samples allow .* no permutations"):
         measure_network(
             encoder(), DATA, "cka", settings=Settings(samples=24, batch_size=8, reduce="nodes"), permutations=3
         )

@@ -266,7 +266,11 @@ def test_what_does_not_go_with_graphs_is_refused(settings: dict[str, Any], match
 @pytest.mark.parametrize(
     ("settings", "data", "match"),
     [
-        ({}, "digits", "objective='graphcl' trains on graphs; digits has images. Use an objective for images"),
+        (
+            {},
+            "digits",
+            "objective='graphcl' trains on graphs; digits has images. Use tu:NAME@ROOT or graphs-npz:PATH, or an",
+        ),
         ({"objective": "simclr", "projection": 8}, None, "trains on images; rings and stars has graphs. Use graphcl"),
         ({"model": "mlp"}, None, "model='mlp' reads no graphs, which graphcl trains on; allowed: gin, gcn, graphsage"),
         ({"objective": "supervised", "model": "gin"}, "digits", "model='gin' reads graphs; digits holds images"),
