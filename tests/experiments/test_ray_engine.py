@@ -20,7 +20,7 @@ from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import make_study
 
-EPOCHS = 8
+EPOCHS = 24  # so many that the node dies in the midst of a run
 STUDY = {
     "name": "small",
     "base": {
