@@ -287,9 +287,7 @@ def _check_positions(hands: Sequence[_Hand]) -> None:
 
 def _copy(batch: Batch) -> Batch:
     """For a model that is not the last: an in-place first layer must not reach the next one's input."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if is_graph_object(batch):
+    if isinstance(batch, Tensor) or is_graph_object(batch):
         return batch.clone()
     if isinstance(batch, Mapping):
         return {key: _copy(value) for key, value in batch.items()}

@@ -72,6 +72,7 @@ class GraphEncoder(nn.Module):
         head: Behind the readout.
 
     Attributes:
+        node_layers: Names of the layers that have a row per node.
         layer_names: `layer1` … `layerL` (nodes), `pool` (graphs), and `head` if there is one: 0 to L + 1.
         head_layer: `head`, or "" without one. The embedding is what goes into it.
 
@@ -104,19 +105,14 @@ class GraphEncoder(nn.Module):
         names = [f"layer{k}" for k in range(1, layers + 1)]
         for name, comes_in in zip(names, [features, *[width] * (layers - 1)], strict=True):
             self.add_module(name, GraphLayer(_convolution(kind, comes_in, width), width))
-        self._node_layers = tuple(names)
+        self.node_layers = tuple(names)
         self.pool, self.head = Readout(pooling), head
         self.reset_parameters()
 
     @property
-    def node_layers(self) -> tuple[str, ...]:
-        """Names of the layers that have a row per node."""
-        return self._node_layers
-
-    @property
     def layer_names(self) -> tuple[str, ...]:
         """All layers by the paper's numbers, from 0."""
-        return (*self._node_layers, "pool", *(("head",) if self.head is not None else ()))
+        return (*self.node_layers, "pool", *(("head",) if self.head is not None else ()))
 
     @property
     def head_layer(self) -> str:
@@ -144,7 +140,7 @@ class GraphEncoder(nn.Module):
             Shape (graphs, d).
         """
         states = []
-        for name in self._node_layers:
+        for name in self.node_layers:
             x = getattr(self, name)(x, edge_index)
             states.append(x)
         pooled = self.pool(states, batch)

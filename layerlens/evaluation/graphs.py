@@ -67,27 +67,14 @@ def graph_scores(
 
     threads = torch.get_num_threads()  # before the limit, which PyTorch has too
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        scored = pool.map(lambda job: _svm(distances, x, y, *job), jobs)
-        svm = list(watch(_each(scored, len(jobs)), "folds"))
+        scored = [pool.submit(_svm, distances, x, y, *job) for job in jobs]
+        svm = [score.result() for score in watch(scored, "folds")]
         found = np.array([svm, [probe(*job) for job in jobs]])  # here, as warnings are not caught thread by thread
     means = found.reshape(2, splits, folds).mean(2).T  # (splits, 2)
     scores = {"svm": float(means[:, 0].mean()), "probe": float(means[:, 1].mean())}
     if splits > 1:
         scores |= {f"{name}_std": float(means[:, k].std(ddof=1)) for k, name in enumerate(("svm", "probe"))}
     return scores
-
-
-class _each:  # noqa: N801
-    """An iterator whose length is known, for a progress bar."""
-
-    def __init__(self, items: Iterator[Any], count: int) -> None:
-        self.items, self.count = items, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.items
 
 
 def _check(embeddings: Tensor, labels: Tensor, folds: int, splits: int) -> None:
