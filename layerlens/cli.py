@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,10 @@ from layerlens import __version__
 from layerlens.cli_studies import study
 from layerlens.errors import LayerlensError
 from layerlens.show import json_option, show
+
+if TYPE_CHECKING:
+    from layerlens.training.config import RunConfig
+    from layerlens.training.run_folder import RunResult
 
 model_option = click.option(
     "--model",
@@ -158,13 +162,11 @@ def train(
     run stopped. Every other setting has its
     place in a --config file.
     """
-    from layerlens import figures
     from layerlens.devices import keep_freed_memory
     from layerlens.training.config import make_config, read_config
-    from layerlens.training.launch import first_rank
+    from layerlens.training.launch import end_rank, first_rank, launched
     from layerlens.training.loop import train as run_training
     from layerlens.training.recipes import read_recipe
-    from layerlens.training.run_folder import read_ratios
 
     if recipe and config_file:
         raise click.UsageError("--recipe and --config exclude each other; copy the recipe's text into your file")
@@ -175,8 +177,16 @@ def train(
         result = run_training(
             config, out, device=device, download=download, progress=advance, tensorboard=tensorboard, say=_say
         )
-    if not first_rank():
-        return
+    if first_rank():
+        _show_run(config, result, as_json)
+    if launched():
+        end_rank()
+
+
+def _show_run(config: RunConfig, result: RunResult, as_json: bool) -> None:
+    from layerlens import figures
+    from layerlens.training.run_folder import read_ratios
+
     if ratios := read_ratios(Path(result.folder)):
         drawn = figures.ratio_areas(ratios, window=max(len(ratios) // 200, 1))
         figures.save_figure(drawn, Path(result.folder) / "ratios_over_training", ratios)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NoReturn
 
 from layerlens.devices import keep_freed_memory
 from layerlens.errors import DeviceMemoryError, LayerlensError
@@ -113,7 +113,6 @@ def _rank_main(
 ) -> None:
     """What torchrun would tell each process, then the work."""
     import torch
-    import torch.distributed as dist
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -135,12 +134,27 @@ def _rank_main(
         report.send(error)
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_group()
     report.close()
+    end_rank()
+
+
+def end_rank() -> NoReturn:
+    """End this process, whose work is done, without the interpreter's farewell.
+
+    Threads of the process group can abort an interpreter that takes its leave slowly, and all ranks with it.
+    """
+    _leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the work is done; threads of the process group can abort an interpreter that takes its leave slowly
+    os._exit(0)
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def end_with_parent() -> None:
