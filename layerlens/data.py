@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerlens.batch_sizes import even_batches
+from layerlens.batch_sizes import even_batches, fixed_choice
 from layerlens.errors import DataError, DownloadError, UnknownNameError, closest
 from layerlens.graph_batches import is_graph_object
 from layerlens.graphs import GRAPH_SOURCES, GraphDataset, dataset_from_graphs, load_graphs
@@ -89,10 +89,7 @@ class Dataset:
     ) -> Batches:
         """A fixed random choice of `samples` images of a split, normalised, the same at every iteration."""
         images, labels = self.split(split)
-        total = len(images)
-        count = total if samples is None else min(samples, total)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
-        return Batches(self, images, labels, order, batch_size)
+        return Batches(self, images, labels, fixed_choice(len(images), samples, seed), batch_size)
 
     def in_order(self, split: str, batch_size: int = 512) -> Batches:
         """All images of a split, normalised, in their own order."""

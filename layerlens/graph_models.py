@@ -175,6 +175,7 @@ def build_graph_encoder(
         ConfigError: An option that it does not take, or features that do not fit the data.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
+    parsed.check_no_argument()
     parsed.check_options(GRAPH_OPTIONS)
     options: dict[str, Any] = dict(parsed.options)
     own = options.pop("features", features)

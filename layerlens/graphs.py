@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerlens.batch_sizes import even_batches
+from layerlens.batch_sizes import even_batches, fixed_choice
 from layerlens.errors import DataError, DownloadError, UnknownNameError
 from layerlens.graph_batches import EDGES, NODE, OWNER, import_graph_extra
 from layerlens.specs import Spec
@@ -144,8 +144,7 @@ class GraphDataset:
         """
         if split not in ("train", "test"):
             raise UnknownNameError(f"no split {split!r}; allowed: train, test")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return GraphBatches(self.graphs, order[:samples], batch_size)
+        return GraphBatches(self.graphs, fixed_choice(len(self), samples, seed), batch_size)
 
     def in_order(self, batch_size: int = 512) -> GraphBatches:
         """All graphs, in their own order."""
@@ -286,6 +285,8 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
         with _plain_path(raw) as place:
             data, slices, sizes = read_tu_data(place, name)
             owner = read_txt_array(str(Path(place) / f"{name}_graph_indicator.txt"), sep=",", dtype=torch.long)
+            named = Path(place) / f"{name}_graph_labels.txt"  # the reader counts the classes from 0
+            classes = read_txt_array(str(named), sep=",", dtype=torch.long) if named.exists() else None
     except Exception as error:  # whatever damaged files make the reader raise
         raise DataError(f"the files of {name} in {str(raw)!r} are damaged: {error}") from error
     rows = len(owner) if data.x is None else len(data.x)
@@ -303,8 +304,8 @@ def _read_tu(spec: Spec, download: bool) -> dict[str, Any]:
         found["node_attr"], labels = data.x[:, :split].numpy(), data.x[:, split:]
         if labels.shape[1]:
             found["node_one_hot"] = labels.numpy()
-    if data.y is not None and data.y.dtype == torch.int64:
-        found["graph_label"] = data.y.numpy()
+    if classes is not None:
+        found["graph_label"] = classes.numpy()
     if data.edge_attr is not None:
         found["edge_label"] = data.edge_attr.numpy()
     return found
@@ -359,7 +360,7 @@ def _dataset(name: str, raw: dict[str, Any], *, attributes: bool, leave_out: boo
     if not len(most) and not int(sizes.sum()):
         raise DataError(f"{name}: every graph is without nodes or without edges")
     x, notes = _node_features(name, raw, edges, node_ptr, edge_ptr, attributes)
-    y, classes = _classes(name, raw.get("graph_label"), count)
+    labels = _labels(name, raw.get("graph_label"), count)
     graphs = Graphs(x=x, edge_index=edges, node_ptr=node_ptr, edge_ptr=edge_ptr)
     empty = (sizes == 0) | (edge_counts == 0)
     if bool(empty.any()):
@@ -373,9 +374,12 @@ def _dataset(name: str, raw: dict[str, Any], *, attributes: bool, leave_out: boo
         kept = (~empty).nonzero().flatten()
         if not len(kept):
             raise DataError(f"{name}: every graph is without nodes or without edges")
-        graphs, y = graphs.part(kept), None if y is None else y[kept]
+        graphs, labels = graphs.part(kept), None if labels is None else labels[kept]
         notes = (*notes, f"left out {int(empty.sum())} graphs without nodes or edges")
-    return GraphDataset(name=name, graphs=graphs, y=y, classes=classes, notes=notes)
+    if labels is None:
+        return GraphDataset(name=name, graphs=graphs, y=None, notes=notes)
+    values, y = labels.unique(return_inverse=True)
+    return GraphDataset(name=name, graphs=graphs, y=y, classes=tuple(map(str, values.tolist())), notes=notes)
 
 
 def _node_features(
@@ -414,14 +418,13 @@ def _degrees(edges: Tensor, node_ptr: Tensor, edge_ptr: Tensor) -> Tensor:
     return F.one_hot(degree, int(degree.max()) + 1).float()
 
 
-def _classes(name: str, labels: Any, count: int) -> tuple[Tensor | None, tuple[str, ...]]:
+def _labels(name: str, labels: Any, count: int) -> Tensor | None:
     if labels is None:
-        return None, ()
+        return None
     found = _integers(name, "graph_label", labels)
     if found.shape != (count,):
         raise DataError(f"{name}: graph_label has shape {tuple(found.shape)}; allowed: one for each of {count} graphs")
-    values, indices = found.unique(return_inverse=True)
-    return indices, tuple(str(value) for value in values.tolist())
+    return found
 
 
 def _pointers(name: str, key: str, values: Any) -> Tensor:

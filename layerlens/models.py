@@ -197,6 +197,7 @@ def build_model(spec: str, *, input_shape: Shape | None = None, classes: int | N
     options = dict(parsed.options)
     if parsed.kind in FAMILIES:
         build, allowed = FAMILIES[parsed.kind]
+        parsed.check_no_argument()
         parsed.check_options(allowed)
         if classes is not None:
             options.setdefault("classes", classes)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from layerlens.batch_sizes import even_batches
+from layerlens.batch_sizes import even_batches, fixed_choice
 from layerlens.encoders import SentenceEncoder
 from layerlens.text import TextDataset
 
@@ -57,5 +56,4 @@ def token_batches(
         seed: Of the choice.
     """
     sentences = dataset.split(split)
-    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
-    return TokenBatches(encoder, sentences, order[:samples], batch_size)
+    return TokenBatches(encoder, sentences, fixed_choice(len(sentences), samples, seed), batch_size)

@@ -310,11 +310,17 @@ EMPTY = {  # graph 1 has no node, graph 3 no edge
 def test_graphs_without_nodes_or_edges_are_left_out_with_their_labels_and_counted(tmp_path: Path):
     data = npz(tmp_path, ",empty=leave-out", **EMPTY)
     assert data.y is not None
-    assert [data.classes[k] for k in data.y.tolist()] == ["5", "7"]
+    assert (data.classes, data.y.tolist()) == (("5", "7"), [0, 1]), "no class is left without a graph"
     assert (data.graphs.node_ptr.tolist(), data.graphs.edge_ptr.tolist()) == ([0, 3, 5], [0, 4, 6])
     assert data.graphs.x.argmax(1).tolist() == [0, 1, 0, 1, 1]
     assert data.graphs.edge_index.tolist() == arrays()["edge_index"].tolist()
     assert "left out 2 graphs without nodes or edges" in describe_graphs(data)
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_fewer_than_one_sample_is_refused(tmp_path: Path, samples: int):
+    with pytest.raises(ConfigError, match=rf"samples={samples}; allowed: a whole number from 1"):
+        npz(tmp_path).batches(samples=samples)
 
 
 def test_leaving_out_where_nothing_is_empty_changes_and_says_nothing(tmp_path: Path):
@@ -575,6 +581,12 @@ def test_tu_without_node_labels_has_degrees_also_in_front_of_a_graph_without_edg
     data = tu(tmp_path, ",empty=leave-out", files=LONELY, node_labels=None)
     assert data.graphs.x.tolist() == [[0, 1, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0], [0, 1, 0]]
     assert "nodes have no features: their degree stands in" in describe_graphs(data)
+
+
+def test_classes_of_tu_are_called_as_in_its_file(tmp_path: Path):
+    data = tu(tmp_path, graph_labels="7\n-1\n")
+    assert data.y is not None
+    assert [data.classes[k] for k in data.y.tolist()] == ["7", "-1"]
 
 
 def test_tu_without_classes_or_with_numbers_to_predict_has_none(tmp_path: Path):

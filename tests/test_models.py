@@ -197,6 +197,8 @@ def test_unknown_models_name_the_closest(spec, message):
         ("resnet18-cifar,widht=8", "has no option 'widht'; closest: width"),
         ("resnet20-cifar,width=8", "has no option 'width'"),
         ("mlp,layers=3", "has no option 'layers'"),
+        ("mlp:3", "'mlp:3': options follow the name with commas and not with a colon: mlp,option=value"),
+        ("gin:3", "'gin:3': options follow the name with commas and not with a colon: gin,option=value"),
         ("torchvision:resnet18,widht=3", "widht"),
         ("torchvision:resnet18,weights=nonsense", "nonsense"),
     ],

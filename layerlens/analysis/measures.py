@@ -200,8 +200,7 @@ def parse_measure(text: str, *, over: tuple[str, ...] = ("pairs", "layers", "vie
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}; `layerlens measures` explains them") from None
     measure = MEASURES[name]
-    if spec.argument:
-        raise ConfigError(f"{text!r}: options follow the name with commas, such as svcca,variance=0.9")
+    spec.check_no_argument()
     spec.check_options(measure.options)
     if measure.over not in over:
         right = "similarity_matrix" if measure.over == "pairs" else "measure_layers"

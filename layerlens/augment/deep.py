@@ -21,7 +21,7 @@ from layerlens.augment.transforms import (
     remove_principal_components,
 )
 from layerlens.errors import ConfigError, ShapeError, UnknownLayerError, check_known, closest
-from layerlens.graph_batches import OWNER, checked_owner, count_graphs, graph_of_node, holds_graphs
+from layerlens.graph_batches import EDGES, NODE, OWNER, checked_owner, count_graphs, graph_of_node, holds_graphs
 from layerlens.layers import INPUT, call_names, main_tensor, replace_main_tensor
 
 A = TypeVar("A", bound="Attachable")
@@ -249,11 +249,11 @@ class LayerHook:
         self.ran = self.running = False
         self.mask: Tensor | None = None
         self.owner: Tensor | None = None  # the graph of each node
-        self.places: dict[str, int] = {}  # of attention_mask and batch among the positional arguments
+        self.places: dict[str, int] = {}  # of some names among the positional arguments
 
     def attach(self, model: nn.Module, module: nn.Module) -> list[Any]:
         """Hang on the layer's module; the handles remove it."""
-        self.places = _places_of_arguments(model, (MASK, OWNER))
+        self.places = _places_of_arguments(model, (MASK, OWNER, NODE, EDGES))
         begin = model.register_forward_pre_hook(self._restart, prepend=True, with_kwargs=True)  # before any input hook
         if self.layer == INPUT:
             return [begin, model.register_forward_pre_hook(self._on_input, with_kwargs=True)]
@@ -294,6 +294,9 @@ class LayerHook:
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not module.training:
             return None
+        nodes = self.places.get(NODE, len(args))
+        if EDGES in self.places and nodes < len(args):  # edges may stand before the nodes
+            return (*args[:nodes], self._changed(module, args[nodes]), *args[nodes + 1 :]), kwargs
         if main_tensor(args) is not None:
             return self._changed(module, args), kwargs
         return args, self._changed(module, kwargs)

@@ -108,7 +108,8 @@ def _connected_part(edges: Tensor, owner: Tensor, mine: Tensor, keep: float, dra
     sizes = torch.bincount(owner, minlength=count)
     roots = (sizes.cumsum(0) - sizes) + (torch.rand(count, generator=draws, device=device) * sizes).long()
     time = torch.full((len(owner),), torch.inf, device=device)
-    time[roots.minimum(sizes.cumsum(0) - 1)] = 0.0
+    at_root = torch.where(sizes > 0, 0.0, torch.inf)  # a graph without nodes has none
+    time.scatter_reduce_(0, roots.minimum(sizes.cumsum(0) - 1).clamp_min(0), at_root, "amin")
     edges = edges[:, mine[owner[edges[0]]]]
     takes = torch.empty(edges.shape[1], device=device).exponential_(generator=draws)
     while True:

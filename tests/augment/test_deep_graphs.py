@@ -75,6 +75,13 @@ class TakesWhole(Tiny):
         return super().forward(get("x"), get("edge_index"), get("batch"))
 
 
+class EdgesFirst(Tiny):
+    """Its edges stand before its nodes."""
+
+    def forward(self, edge_index: Tensor, x: Tensor, batch: Tensor | None = None) -> Tensor:
+        return super().forward(x, edge_index, batch)
+
+
 def as_object(graphs: Graphs) -> Any:
     return import_graph_extra().data.Batch(**graphs)
 
@@ -86,6 +93,7 @@ def turned(graphs: Graphs) -> Graphs:
 
 CALLS: dict[str, tuple[type[Tiny], Callable[[nn.Module, Graphs], Tensor]]] = {
     "by position": (Tiny, lambda model, g: model(g["x"], g["edge_index"], g["batch"])),
+    "by position, edges first": (EdgesFirst, lambda model, g: model(g["edge_index"], g["x"], g["batch"])),
     "by keyword": (Tiny, lambda model, g: model(**g)),
     "by keyword, edges first": (Tiny, lambda model, g: model(**turned(g))),
     "by both": (Tiny, lambda model, g: model(g["x"], batch=g["batch"], edge_index=g["edge_index"])),

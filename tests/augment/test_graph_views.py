@@ -281,6 +281,20 @@ def test_a_subgraph_of_all_nodes_is_the_graph_itself_where_it_is_connected():
     assert all(torch.equal(seen[name], graphs[name]) for name in graphs)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_beside_a_number_without_nodes_a_subgraph_is_connected_too(before: int):
+    """A root of its own would fall on its neighbour, which would grow from two."""
+    graphs = batch_of([ring(20)] * 2)
+    graphs["batch"] = graphs["batch"] * 2 + before  # 0 and 2, or 1 and 3
+    for seed in range(5):
+        seen = view("subgraph", graphs, seed, keep=0.4)
+        inner = edges_of(seen)
+        for graph in (before, 2 + before):
+            mine = {name for name, owner in zip(names(seen), seen["batch"].tolist(), strict=True) if owner == graph}
+            assert component(inner, min(mine)) == mine
+            assert len(mine) == 8
+
+
 def growth_law(shape: Shape, size: int) -> dict[frozenset[int], Fraction]:
     """Where growth from a random node over a random edge at the rim ends, by all its ways."""
     n, edges = shape

@@ -297,15 +297,25 @@ def write_run(folder: Path, **settings: Any) -> Path:
     return path
 
 
+FAREWELL = """
+import atexit, os
+from layerlens.cli import main
+
+atexit.register(os.abort)  # as threads of the process group do now and then to an interpreter that takes its leave
+main()
+"""
+
+
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of a run that torchrun started."""
+    """The folder and the output of a run that torchrun started, in processes that would not survive their farewell."""
     folder = tmp_path_factory.mktemp("torchrun")
-    path = write_run(folder, epochs=2, devices=2, objective="supervised")
+    path, program = write_run(folder, epochs=2, devices=2, objective="supervised"), folder / "program.py"
+    program.write_text(FAREWELL)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577"]
     options = ["train", "--config", str(path), "--out", str(folder / "run"), "--device", "cpu", "--json"]
     made = subprocess.run(
-        [*command, "-m", "layerlens.cli", *options], capture_output=True, text=True, timeout=300,
+        [*command, str(program), *options], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
