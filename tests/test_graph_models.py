@@ -429,6 +429,12 @@ def test_damaged_features_in_the_metadata_are_refused(features: Any, tmp_path: P
         load_network(written(tmp_path, features=features))
 
 
+def test_a_network_far_larger_than_its_file_is_refused_before_it_is_made(tmp_path: Path):
+    path = written(tmp_path, features=999_999, model="gin,layers=1,width=100000")  # 400 GB
+    with pytest.raises(CheckpointError, match=r"is damaged or of another architecture: it holds \d+ numbers, 'gin,"):
+        load_network(path)
+
+
 @pytest.mark.parametrize("head", [{"kind": "other", "out": 5}, {"kind": "projection", "out": -1}, "projection", [5]])
 def test_a_damaged_head_in_the_metadata_is_refused(head: Any, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"the checkpoint's metadata is damaged: head="):

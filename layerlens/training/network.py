@@ -288,13 +288,14 @@ def load_network(
         CheckpointError: Damaged, of another architecture, or silent about its model.
     """
     state, metadata = load_state(checkpoint) if checkpoint is not None else ({}, {})
+    held = sum(tensor.numel() for tensor in state.values())
     if "encoder" in metadata:
-        _check_size(checkpoint, metadata["encoder"], held=sum(tensor.numel() for tensor in state.values()))
+        _check_size(checkpoint, metadata["encoder"], held=held)
     del state  # it is read again where its network is there
     if "encoder" in metadata or (model is not None and reads_sentences(model)):
         return _load_encoder(checkpoint, model, metadata, dataset, untrained, seed)
     if "features" in metadata or (model is not None and reads_graphs(model)):
-        return _load_graph_encoder(checkpoint, model, metadata, dataset, untrained, seed)
+        return _load_graph_encoder(checkpoint, model, metadata, dataset, untrained, seed, held)
     if isinstance(dataset, GraphDataset):
         raise ConfigError(
             f"{model or checkpoint!r} reads no graphs, which is what {dataset.name} holds; give --model gin, or a "
@@ -353,7 +354,7 @@ def _load_encoder(
 
 def _load_graph_encoder(
     checkpoint: str | Path | None, model: str | None, metadata: dict[str, Any], dataset: AnyDataset | None,
-    untrained: bool, seed: int,
+    untrained: bool, seed: int, held: int,
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     if dataset is not None and not isinstance(dataset, GraphDataset):
         raise ConfigError(f"{str(checkpoint or model)!r} reads graphs; {dataset.name} holds none. Give tu:NAME@ROOT")
@@ -368,6 +369,14 @@ def _load_graph_encoder(
         )
     if features is None and dataset is not None:
         features = dataset.features
+    if checkpoint is not None:
+        with torch.device("meta"):  # nothing is allocated
+            needed = sum(part.numel() for part in _graph_encoder(spec, features, _head(metadata)).parameters())
+        if needed > 2 * held:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} is damaged or of another architecture: it holds {held} numbers, {spec!r} has "
+                f"{needed} parameters"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = _graph_encoder(spec, features, _head(metadata))
