@@ -25,7 +25,7 @@ def fixed_choice(total: int, samples: int | None, seed: int) -> Tensor:
         ConfigError: `samples` is below 1.
 
     >>> fixed_choice(5, 3, seed=0).tolist()
-    [4, 1, 2]
+    [4, 0, 1]
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"samples={samples}; allowed: a whole number from 1, or None for all")

@@ -30,9 +30,7 @@ class Spec:
     def check_no_argument(self) -> None:
         """Refuse what follows a colon, for a kind that takes nothing there."""
         if self.argument:
-            raise ConfigError(
-                f"{self.text!r}: options follow the name with commas and not with a colon: {self.kind},option=value"
-            )
+            raise ConfigError(f"{self.text!r}: options follow the name with commas, such as {self.kind},option=value")
 
     def check_options(self, allowed: Iterable[str]) -> None:
         """Refuse an option that is not in `allowed`."""
