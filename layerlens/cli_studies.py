@@ -59,7 +59,7 @@ def list_studies(name: str | None, as_json: bool) -> None:
 @click.option("--retries", default=2, show_default=True, help="Failed attempts without a further epoch, of a run.")
 @click.option("--limit-s", default=0.0, help="Seconds that one attempt at a run may take; no limit by default.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--download", is_flag=True, help="Fetch a missing CIFAR or SVHN.")
+@click.option("--download", is_flag=True, help="Fetch a missing CIFAR, SVHN or TU data set.")
 @click.option("--dry-run", is_flag=True, help="Say how many runs, how long, how much disk; time a few steps for it.")
 @json_option
 def run(

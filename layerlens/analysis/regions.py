@@ -332,7 +332,8 @@ def _cautions(matrix: SimilarityMatrix, baseline: SimilarityMatrix | None, regio
             Caution(
                 code="LL003",
                 text=f"too few samples: {matrix.samples} in {len(matrix.weights)} batches; "
-                f"a region needs at least {MIN_GROUPS} batches to be told from chance, and 128 samples to be trusted",
+                f"a region needs at least {MIN_GROUPS} batches (smaller ones are more) to be told from chance, and 128 "
+                "samples to be trusted",
             )
         )
     for region in regions:
