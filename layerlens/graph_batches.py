@@ -98,11 +98,8 @@ def first_graphs(batch: Any, count: int = 2) -> Any:
         return _like(batch, {name: part.clone() for name, part in fed.items()})
     few = owner < count
     inside = few[fed[EDGES][0]] & few[fed[EDGES][1]]
-    whole: dict[int, Any] = {
-        len(inside): inside,
-        count_graphs(owner): slice(count),
-        len(owner): few,
-    }  # of edges, graphs or nodes
+    # what stays of a tensor as long as the edges, the graphs or the nodes
+    whole: dict[int, Any] = {len(inside): inside, count_graphs(owner): slice(count), len(owner): few}
     parts = batch if isinstance(batch, Mapping) else batch.to_dict()
     cut = {
         name: part[whole[len(part)]]

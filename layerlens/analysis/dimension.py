@@ -30,10 +30,9 @@ def effective_rank(x: Tensor) -> float:
     """
     rows = as_rows(x).double()
     if rows.shape[1] <= len(rows):  # features are fewer than rows, as for nodes or positions
-        centred = rows - rows.mean(0)
-        products, scale = centred.T @ centred, rows.square().sum()
+        products, scale = _feature_products(rows), rows.square().sum()
     else:
-        products, scale = centred_gram(x.double())
+        products, scale = centred_gram(rows)
     if not bool(products.isfinite().all()):
         raise NonFiniteError("NaN or infinity in the activations; check the input and the weights")
     if products.trace() <= CONSTANT**2 * scale:
@@ -92,12 +91,14 @@ def participation_ratio(x: Tensor) -> float:
     """
     rows = checked(x)
     n, p = rows.shape
-    if p <= n:
-        centred = torch.cat(list(centred_columns(rows)), dim=1)
-        products = centred.T @ centred
-    else:
-        products = gram(centred_columns(rows), rows)
+    products = _feature_products(rows) if p <= n else gram(centred_columns(rows), rows)
     return float(products.trace().square() / products.square().sum())
+
+
+def _feature_products(rows: Tensor) -> Tensor:
+    """Inner products of the centred features, float64, shape (p, p); the eigenvalues of the rows' but for zeros."""
+    centred = torch.cat(list(centred_columns(rows)), dim=1)
+    return centred.T @ centred
 
 
 def _exp_entropy(values: Tensor) -> float:

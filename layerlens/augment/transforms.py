@@ -115,13 +115,11 @@ def gaussian_noise(
         noise = torch.randn_like(h)
     else:
         noise = torch.randn(h.shape, generator=generator, device=generator.device).to(h)
-    if owner is not None:
-        spread = _spread_of_graphs(h.detach().float().reshape(len(h), -1), owner).to(h.dtype)[owner]
-        return h + rate * spread.view(-1, *[1] * (h.ndim - 1)) * noise
-    if real is None:
-        spread = h.detach().float().reshape(len(h), -1).std(1, unbiased=False).to(h.dtype)
-        return h + rate * spread.view(-1, *[1] * (h.ndim - 1)) * noise
-    return torch.where(real, h + rate * _spread_of_tokens(h.detach().float(), real).to(h.dtype) * noise, h)
+    if real is not None and owner is None:
+        return torch.where(real, h + rate * _spread_of_tokens(h.detach().float(), real).to(h.dtype) * noise, h)
+    rows = h.detach().float().reshape(len(h), -1)
+    spread = rows.std(1, unbiased=False) if owner is None else _spread_of_graphs(rows, owner)[owner]
+    return h + rate * spread.to(h.dtype).view(-1, *[1] * (h.ndim - 1)) * noise
 
 
 def remove_principal_components(

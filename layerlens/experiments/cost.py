@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layerlens.analysis.results import Result
+from layerlens.batch_sizes import fixed_choice
 from layerlens.data import AnyDataset
 from layerlens.errors import require
 from layerlens.experiments.grid import Plan, PlannedRun
@@ -194,12 +195,12 @@ def _cut(dataset: AnyDataset, count: int) -> AnyDataset:
     if isinstance(dataset, TextDataset):
         return replace(dataset, columns=tuple([column[i] for i in range(count)] for column in dataset.columns))
     if isinstance(dataset, GraphDataset):
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+        chosen = fixed_choice(len(dataset), count, seed=0)
         y = None if dataset.y is None else dataset.y[chosen]
         return replace(dataset, graphs=dataset.graphs.part(chosen), y=y)
-    rows = torch.randperm(len(dataset.x_train), generator=torch.Generator().manual_seed(0))[:count]
+    rows = fixed_choice(len(dataset.x_train), count, seed=0)
     other = max(count * len(dataset.x_test) // len(dataset.x_train), 8)
-    queries = torch.randperm(len(dataset.x_test), generator=torch.Generator().manual_seed(0))[:other]
+    queries = fixed_choice(len(dataset.x_test), other, seed=0)
     return replace(
         dataset, x_train=dataset.x_train[rows], x_test=dataset.x_test[queries],
         y_train=None if dataset.y_train is None else dataset.y_train[rows],
