@@ -1,23 +1,19 @@
 """Batches shared out over real processes: what all see is what one would have seen, and none waits for ever."""
 
-import multiprocessing
-import os
-import pickle
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import on_ranks
 from torch import nn
 
 from layerlens.analysis.sharding import gather
 from layerlens.analysis.similarity import similarity_matrix
 from layerlens.errors import ConfigError, DataError, NonFiniteError, ShapeError, UnknownLayerError
 
-PATIENCE_S = 120  # for all scenarios of one start together; it is seconds, unless a rank hangs
 LAYERS = "0,1,2"
 
 
@@ -128,47 +124,21 @@ def fail_on(which, rank):
     return rank
 
 
-def work(rank, world, folder, names, timeout_s):
-    """One rank's process: all scenarios in order, their outcomes in a file."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    outcomes = {}
+def outcomes(rank, world, names):
+    """All scenarios in order: what came back, or the error."""
+    found = {}
     for name in names:
         try:
-            outcomes[name] = SCENARIOS[name](rank, world)
+            found[name] = SCENARIOS[name](rank, world)
         except Exception as error:
-            outcomes[name] = error
-    (Path(folder) / f"rank{rank}").write_bytes(pickle.dumps(outcomes))
-    dist.destroy_process_group()
+            found[name] = error
+    return found
 
 
-def start(world, folder, names, *, target=work, timeout_s=60):
-    """Each scenario's outcomes, rank by rank: what came back, or the error."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=target, args=(r, world, str(folder), list(names), timeout_s)) for r in range(world)]
-    end = time.monotonic() + PATIENCE_S
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        hanging = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    assert not hanging, f"ranks {hanging} still wait after {PATIENCE_S} s"
-    assert [process.exitcode for process in ranks] == [0] * world, "a rank died; its traceback is on stderr"
-    found = [pickle.loads((Path(folder) / f"rank{rank}").read_bytes()) for rank in range(world)]
-    return {name: [outcomes[name] for outcomes in found] for name in names}
+def start(world, folder, names):
+    """Each scenario's outcomes, rank by rank."""
+    found = on_ranks(outcomes, world, folder, list(names))
+    return {name: [of_rank[name] for of_rank in found] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -308,17 +278,8 @@ def test_a_loader_that_breaks_on_one_rank_fails_on_every_rank(two):
         assert "image 17 is damaged" in str(error)
 
 
-def lost(rank, world, folder, _names, timeout_s):
+def lost(rank, world, folder):
     """Rank 1 fails with an error that is not layerlens' own, catches it and lives on."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout_s),
-    )
 
     def loader():
         yield BATCHES[rank]
@@ -330,15 +291,16 @@ def lost(rank, world, folder, _names, timeout_s):
         outcome = similarity_matrix(network(), loader(), LAYERS, sharded=True)
     except Exception as error:
         outcome = error
-    (Path(folder) / f"rank{rank}").write_bytes(pickle.dumps({"lost": outcome}))
-    end = time.monotonic() + 2 * timeout_s
-    while time.monotonic() < end and not (Path(folder) / f"rank{1 - rank}").exists():
+    (Path(folder) / f"ended{rank}").touch()
+    end = time.monotonic() + 12
+    while time.monotonic() < end and not (Path(folder) / f"ended{1 - rank}").exists():
         time.sleep(0.05)
+    return outcome
 
 
 @pytest.mark.slow
 def test_an_error_of_any_kind_on_one_rank_reaches_the_others(tmp_path):
-    own, other = start(2, tmp_path, ["lost"], target=lost, timeout_s=6)["lost"][::-1]
+    other, own = on_ranks(lost, 2, tmp_path, str(tmp_path), timeout_s=6)
     assert "disk" in str(own)
     assert "rank 1 failed" in str(other)
     assert "disk" in str(other)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import time
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +14,6 @@ from layerlens.training.objectives.simclr import nt_xent
 from layerlens.training.objectives.supcon import sup_con
 from layerlens.training.ranks import gather_rows, mean_over_ranks, rank, world
 
-PATIENCE_S = 100
 IMAGES = 12  # 6 or 4 for each rank
 LABELS = torch.tensor([0, 1, -1, 2, 0, 1, -1, 0, 3, 1, 0, -1])  # classes span ranks; 2 and 3 have one image
 
@@ -103,38 +95,15 @@ SCENARIOS = {
 }
 
 
-def work(own: int, count: int, folder: str) -> None:
-    """One rank's process: all scenarios in order, what they gave in a file."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=own, world_size=count, timeout=timedelta(seconds=60)
-    )
-    found = {name: scenario() for name, scenario in SCENARIOS.items()}
-    (Path(folder) / f"rank{own}").write_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
+def outcomes(_rank: int, _world: int) -> dict[str, object]:
+    return {name: scenario() for name, scenario in SCENARIOS.items()}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     """What each scenario gave in 2 and in 3 processes, rank by rank."""
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=work, args=(own, request.param, str(folder))) for own in range(request.param)]
-    end = time.monotonic() + PATIENCE_S
-    try:
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(max(0.0, end - time.monotonic()))
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    assert [process.exitcode for process in started] == [0] * request.param, "its traceback is on stderr"
-    found = [pickle.loads((folder / f"rank{own}").read_bytes()) for own in range(request.param)]
-    return {name: [outcomes[name] for outcomes in found] for name in SCENARIOS}
+    found = on_ranks(outcomes, request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+    return {name: [of_rank[name] for of_rank in found] for name in SCENARIOS}
 
 
 def test_each_rank_knows_who_it_is(ranks):
