@@ -26,9 +26,9 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small only lose by a second thread."""
+    """Networks this small only lose by a second thread, and beside other work they wait for it most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

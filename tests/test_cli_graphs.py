@@ -16,8 +16,6 @@ from layerlens.cli import main
 from layerlens.experiments.results import StudyResult
 from layerlens.training.network import load_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DATA, MODEL = "tu:TINY@data", "gin,layers=2,width=8"
 LOOK = ["--samples", "40", "--batch-size", "8", "--device", "cpu"]
 START, END = (f"run/checkpoints/epoch-000{epoch}.safetensors" for epoch in (0, 3))

@@ -22,8 +22,6 @@ from layerlens.experiments.engines import make_engine
 from layerlens.experiments.job import Job
 from layerlens.experiments.results import StudyResult
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STUDY = """
 [base]
 model = "mlp,width=16,depth=2"

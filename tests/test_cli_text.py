@@ -25,8 +25,6 @@ from layerlens.recommendation import Recommendation, Target
 from layerlens.training.network import load_network
 from layerlens.trajectory import Trajectory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODEL = "hf-config:bert-tiny,tokenizer=tokenizer,layers=2,width=16,heads=2"
 HEADED = f"{MODEL},pooling=cls-before-head,head=true"
 TEXT, PAIRS, STS = "text:sentences.txt", "pairs:pairs.csv", "sts:dev.csv"

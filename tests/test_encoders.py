@@ -43,8 +43,6 @@ from layerlens.layers import discover, main_tensor
 from layerlens.models import reinitialized
 from layerlens.training.checkpoint import load_into, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SENTENCES = [
     "a bird flew over the old house",
     "hello",

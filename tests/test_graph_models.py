@@ -31,8 +31,6 @@ from layerlens.training.checkpoint import save_checkpoint
 from layerlens.training.config import make_config
 from layerlens.training.network import build_start, load_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = {"layers": 3, "width": 6}
 # A path 0-1-2, an edge 3 -> 4 with no way back beside the lonely node 5, and the lonely node 6.
 GRAPHS = {

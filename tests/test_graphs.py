@@ -32,8 +32,6 @@ from layerlens.graph_batches import (
 from layerlens.graphs import GraphDataset, Graphs, dataset_from_graphs, describe_graphs
 from layerlens.layers import run_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PATH = [(0, 1), (1, 0), (1, 2), (2, 1)]  # 0 - 1 - 2
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]  # in one direction
 SHAPES = [(3, PATH), (2, []), (1, []), (4, RING)]  # nodes and edges of each graph

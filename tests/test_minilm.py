@@ -14,7 +14,6 @@ from layerlens.tokens import token_batches
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sentence_transformers"),
 ]
 PUBLISHED = 82.03  # Spearman × 100 on the test pairs of STS-B

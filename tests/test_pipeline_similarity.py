@@ -20,8 +20,6 @@ from layerlens.training.config import make_config
 from layerlens.training.loop import train
 from layerlens.training.network import load_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PAIRS = [name for name, measure in MEASURES.items() if measure.over == "pairs"]
 VIEWS = [name for name, measure in MEASURES.items() if measure.over == "views"]
 SINGLE = [name for name, measure in MEASURES.items() if measure.over == "layers"]

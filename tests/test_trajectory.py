@@ -28,7 +28,6 @@ from layerlens.training.network import load_network
 from layerlens.training.run_folder import read_ratios
 from layerlens.trajectory import Trajectory, evaluate_run, finetune
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(samples=24, batch_size=8)
 
 

@@ -34,8 +34,6 @@ from layerlens.pipeline import Settings, analyze, compare, measure_network
 from layerlens.recommendation import recommend
 from layerlens.reduction import Reduction, make_reduction, pool_nodes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COUNT, SIZE = 30, 10
 DATA = rings_and_stars(COUNT)
 NODE_LAYERS = ("layer1", "layer2", "layer3")

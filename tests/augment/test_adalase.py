@@ -29,8 +29,6 @@ from layerlens.training.network import adalase_layers, build_start
 from layerlens.training.order import generator, seed_of
 from layerlens.training.run_folder import read_ratios
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MLP = "mlp,width=8,depth=2"
 
 

@@ -23,8 +23,6 @@ from layerlens.graph_batches import import_graph_extra
 from layerlens.graph_models import build_graph_encoder
 from layerlens.layers import run_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Graphs = dict[str, Tensor]
 LINEAR = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])  # (features out, features in)
 

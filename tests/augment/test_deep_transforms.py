@@ -25,8 +25,6 @@ from layerlens.training.config import make_config
 from layerlens.training.loop import train
 from layerlens.training.network import augmented_layers, build_start
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -15,7 +15,6 @@ from layerlens.augment.transforms import dropout
 from layerlens.errors import ConfigError, UnknownLayerError, UnknownNameError
 from layerlens.models import build_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RATE, BACK = 0.3, 0.6
 
 

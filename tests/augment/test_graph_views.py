@@ -15,8 +15,6 @@ from torch import Tensor
 from layerlens.augment.graph_views import KINDS, GraphViews
 from layerlens.errors import ConfigError, UnknownNameError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Edges = list[tuple[int, int]]
 Batch = dict[str, Tensor]
 Shape = tuple[int, Edges]  # nodes and undirected edges of one graph

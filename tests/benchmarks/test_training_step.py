@@ -20,7 +20,6 @@ def small_tools(device: str, *names: str) -> dict[str, Tool]:
     return tools
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_deep_augmentation_at_layer4_costs_at_most_a_fiftieth():
     tools = small_tools("cpu", "b", "b2")
     speeds = {name: [] for name in tools}

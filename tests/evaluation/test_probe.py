@@ -16,8 +16,6 @@ from layerlens.evaluation.probe import PROTOCOLS, linear_probe, probe_accuracy
 from layerlens.models import build_model
 from layerlens.pipeline import evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def blobs(n: int, gap: float, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)

@@ -21,8 +21,6 @@ from layerlens.evaluation.sts import sts_scores, text_geometry
 from layerlens.pipeline import Settings, evaluate, measure_geometry
 from layerlens.text import StsTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Places:
     """Stands for an encoder: each sentence is where the table says."""

@@ -18,8 +18,6 @@ from layerlens.experiments.runner import run_plan
 from layerlens.experiments.store import Store
 from layerlens.experiments.study import make_study
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = {"model": "resnet18-cifar,width=4", "data": "digits", "epochs": 4, "train_samples": 128, "batch_size": 32}
 SCORED = {"samples": 50, "batch_size": 25, "k": 5}
 QUICK = {**SCORED, "scores": False}

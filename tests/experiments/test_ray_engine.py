@@ -115,7 +115,7 @@ def _driven(script: str, folder: Path) -> Any:
     return json.loads(done.stdout)  # Ray itself says nothing there, not even of a dead node
 
 
-def test_a_study_survives_the_death_of_a_node(tmp_path: Path, one_thread: None) -> None:
+def test_a_study_survives_the_death_of_a_node(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     report = _driven(KILL_A_NODE, tmp_path / "cluster")
     plan = make_plan(make_study(STUDY))

@@ -516,7 +516,6 @@ def real(tmp_path: Path, data: str, **settings: Any) -> tuple[Plan, Job, Store]:
     return made, job, store
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_job_is_done_once_and_keeps_what_it_says_in_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     _, job, store = real(tmp_path, npz(tmp_path / "a.npz"))
     assert perform(job) == Ended(key=job.key, kind=DONE)
@@ -528,7 +527,6 @@ def test_a_job_is_done_once_and_keeps_what_it_says_in_its_log(tmp_path: Path, ca
     assert store.log(job.key).exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_job_in_a_folder_where_another_process_works_is_busy(tmp_path: Path):
     _, job, _ = real(tmp_path, npz(tmp_path / "a.npz"))
     Path(job.folder).mkdir(parents=True)
@@ -538,7 +536,6 @@ def test_a_job_in_a_folder_where_another_process_works_is_busy(tmp_path: Path):
     assert perform(job).kind == DONE
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_layer_that_is_not_there_is_refused_with_its_traceback_in_the_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -563,7 +560,6 @@ def test_data_that_found_no_memory_are_tried_again(tmp_path: Path):
     assert perform(replace(job, settings={**job.settings, "data": "test_runner:no_memory"})).kind == FAILED
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_half_a_measurement_that_a_killed_worker_left_is_removed(tmp_path: Path):
     _, job, store = real(tmp_path, npz(tmp_path / "a.npz"))
     half = store.run_folder(job.key) / "analysis" / ".study-cka-0.json.x7a"
@@ -575,7 +571,6 @@ def test_half_a_measurement_that_a_killed_worker_left_is_removed(tmp_path: Path)
     assert not half.exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_data_that_changed_since_the_plan_are_not_trained_on_under_the_old_key(tmp_path: Path):
     _, job, store = real(tmp_path, npz(tmp_path / "b.npz"))
     npz(tmp_path / "b.npz", seed=1)

@@ -104,13 +104,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     plan, store = make_plan(make_study(STUDY)), Store(tmp_path_factory.mktemp("undisturbed") / "store")
     run_plan(plan, store, Here())
-    torch.set_num_threads(before)
     return content(store, plan)
 
 

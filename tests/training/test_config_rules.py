@@ -18,8 +18,6 @@ from layerlens.training.config import TABLES, RunConfig, make_config, read_confi
 from layerlens.training.loop import train
 from layerlens.training.network import build_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MOCO = {"objective": "moco"}
 SUPERVISED = {"objective": "supervised"}
 

@@ -18,8 +18,6 @@ from layerlens.training.checkpoint import load_state
 from layerlens.training.config import RunConfig, make_config
 from layerlens.training.loop import Progress, resolve, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MLP, RESNET = "mlp,width=8,depth=2", "resnet20-cifar"
 
 

@@ -25,8 +25,6 @@ from layerlens.training.objectives import graphcl
 from layerlens.training.order import Order
 from layerlens.training.run_folder import RunResult, read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = {
     "objective": "graphcl", "model": "gin,layers=3,width=8", "data": "rings and stars", "epochs": 2, "batch_size": 12,
     "projection": 8,

@@ -25,8 +25,6 @@ from layerlens.training import loop
 from layerlens.training.launch import launch, launched
 from layerlens.training.loop import Progress, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STILL = {"scale": 1.0, "ratio": 1.0, "flip": 0.0, "jitter": [0, 0, 0, 0], "jitter_p": 0.0, "grey": 0.0}
 MOCO = {"queue": 64, "key_momentum": 0.9}
 EQUAL: dict[str, dict[str, Any]] = {

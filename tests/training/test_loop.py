@@ -38,9 +38,6 @@ MLP = "mlp,width=8,depth=2"
 MILD = {"scale": 0.6, "flip": 0.0, "grey": 0.0}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def tiny(n: int = 64, labels: bool = True, seed: int = 0) -> Dataset:
     """Four kinds of 8 × 8 pattern with noise."""
     rng = np.random.default_rng(seed)

@@ -26,8 +26,6 @@ from layerlens.training.objectives.simclr import nt_xent
 from layerlens.training.objectives.supcon import sup_con
 from layerlens.training.run_folder import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STILL = Views(scale=1.0, flip=0.0, jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, grey=0.0)
 MOVING = Views(scale=0.5, flip=0.5, jitter=(0.4, 0.4, 0.0, 0.0))
 

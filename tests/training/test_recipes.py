@@ -20,8 +20,6 @@ from layerlens.training.config import make_config
 from layerlens.training.loop import train
 from layerlens.training.recipes import list_recipes, read_recipe, recipe_names, recipe_text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OF_SENTENCES = [name for name in recipe_names() if "bert" in name]
 OF_GRAPHS = [name for name in recipe_names() if "graph" in name]
 OF_IMAGES = [name for name in recipe_names() if name not in (*OF_SENTENCES, *OF_GRAPHS)]

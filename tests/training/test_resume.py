@@ -30,8 +30,6 @@ from layerlens.training.loop import Progress, train
 MLP = "mlp,width=8,depth=2"
 STEPS = 9  # of a run of `config`: three epochs of three steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "simclr, Deep Augmentation": {
         "augment": {"layer": "blocks.0,blocks.1", "stop_gradient": True, "pairs": "one"}, "input_augment": "erasing",

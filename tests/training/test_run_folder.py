@@ -23,8 +23,6 @@ from layerlens.training.checkpoint import load_state, save_checkpoint
 from layerlens.training.loop import Progress
 from layerlens.training.run_folder import Log, read_metrics, read_ratios
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def line(number: int, **more: Any) -> dict[str, Any]:
     return {"epoch": number, "loss": 1 / (3 * number), "knn": None if number % 2 else 0.1 + 0.2, **more}

@@ -18,8 +18,6 @@ from layerlens.training.checkpoint import load_state, save_checkpoint
 from layerlens.training.loop import load_dev, resolve, train
 from layerlens.training.network import build_network, load_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:

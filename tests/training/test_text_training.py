@@ -35,8 +35,6 @@ from layerlens.training.network import augmented_layers, build_network, build_st
 from layerlens.training.recipes import list_recipes, recipe_text
 from layerlens.training.schedule import learning_rate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 5  # of an epoch of `Corpus.config`
 DEEP = {"layer": "1", "stop_gradient": True, "fraction": 0.5, "rate": 0.5}
 RICH: dict[str, Any] = {"augment": DEEP, "epochs": 2, "schedule": "linear", "warmup_epochs": 0.2}
