@@ -31,5 +31,7 @@ def one_thread() -> Iterator[None]:
     """Networks this small only lose by a second thread, and beside other work they wait for it most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of processes that tests start
+        yield
     torch.set_num_threads(before)
