@@ -292,7 +292,7 @@ def lost(rank, world, folder):
     except Exception as error:
         outcome = error
     (Path(folder) / f"ended{rank}").touch()
-    end = time.monotonic() + 12
+    end = time.monotonic() + 12  # twice as long as an exchange may take
     while time.monotonic() < end and not (Path(folder) / f"ended{1 - rank}").exists():
         time.sleep(0.05)
     return outcome

@@ -588,7 +588,6 @@ def peak():
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
-torch.set_num_threads(1)
 count, n, p = map(int, sys.argv[1:4])
 draw = torch.Generator().manual_seed(0)
 together = sys.argv[4] == "update"
@@ -614,7 +613,7 @@ SLACK_MIB = 16  # two temporary blocks of 8 MiB: a layer's centred columns, a pa
 
 def peak_mib(*case):
     """Peak above that of the forward pass, in a process of its own that gives freed memory back at once."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", PEAK, *map(str, case)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

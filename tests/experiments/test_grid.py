@@ -393,7 +393,7 @@ def test_keys_and_order_are_the_same_in_every_process():
     def told(hash_seed: str) -> list[Any]:
         done = subprocess.run(
             [sys.executable, "-c", ORDER, str(Path(__file__).parent)], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
         )  # fmt: skip
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -109,7 +109,7 @@ def _driven(script: str, folder: Path) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + script, str(folder), json.dumps(STUDY)],
         capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "127.0.0.1:1"},
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)  # Ray itself says nothing there, not even of a dead node

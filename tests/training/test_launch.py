@@ -86,7 +86,6 @@ def stop_at(calls: int) -> None:
 
 def everything(report: Callable[[Any], None], folder: Path) -> None:
     """One rank's share of all trainings that the tests compare, as each start of a process costs seconds."""
-    torch.set_num_threads(1)
     rank = os.environ["RANK"]
     adalase.KINDS.update(noise=halve, dropout=negate)  # without a draw, so that ranks and rows make no difference
     for kind, settings in EQUAL.items():
@@ -118,9 +117,7 @@ KINDS = dict(adalase.KINDS)
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, reports = tmp_path_factory.mktemp("ranks"), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        launch(everything, 2, (folder,), reports.append)
+    launch(everything, 2, (folder,), reports.append)
     assert reports == ["done", "done"]
     return folder
 
@@ -198,8 +195,7 @@ def children() -> set[int]:
 
 
 @pytest.fixture
-def no_process_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def no_process_stays() -> Iterator[None]:
     before, threads = children(), threading.active_count()
     yield
     started = {child for child in children() - before if b"resource_tracker" not in commandline(child)}
@@ -313,8 +309,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577"]
     options = ["train", "--config", str(path), "--out", str(folder / "run"), "--device", "cpu", "--json"]
     made = subprocess.run(
-        [*command, str(program), *options], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        [*command, str(program), *options], capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     return folder, made.stdout
@@ -352,7 +347,7 @@ def parent(body: str, *arguments: str) -> subprocess.Popen[str]:
     path.write_text(PARENT.format(body=f"if __name__ == '__main__':\n{indented}"))
     return subprocess.Popen(
         [sys.executable, "-u", str(path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": where}, start_new_session=True,
     )  # fmt: skip
 
 

@@ -305,8 +305,7 @@ def test_a_crash_while_writing_is_no_harm(
 
 
 CHILD = """
-import sys, time, torch
-torch.set_num_threads(1)
+import sys, time
 from layerlens.training import loop, methods
 from layerlens.training.config import make_config
 loop.SAVE_EVERY_S = -1.0

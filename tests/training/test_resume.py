@@ -127,7 +127,6 @@ def assert_alike(found: Path, expected: Path) -> None:
 NURSERY = """
 import json, os, signal, sys
 import torch, lightning_fabric
-torch.set_num_threads(1)
 import test_resume
 from layerlens.training import loop
 
@@ -175,7 +174,7 @@ class Nursery:
         where = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": where},
         )  # fmt: skip
 
     def train(

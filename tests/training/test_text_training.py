@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -580,8 +580,6 @@ def test_lines_of_a_look_that_was_not_saved_are_not_there_twice(
 
 KILLED = """
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
 from test_text_training import Corpus, Path, RICH, loop, run
 loop.SAVE_EVERY_S = -1.0
 count = 0
@@ -598,7 +596,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(corpus: Corpus, tmp_path: Path)
     here = Path(__file__).parent
     where = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, "-c", KILLED, str(corpus.folder), str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": where}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "run" / "result.json").exists()
@@ -850,7 +848,6 @@ def test_each_recipe_for_sentences_takes_its_first_step_here(name: str, corpus: 
 
 def both_ranks(report: Callable[[Any], None], where: Path, folder: Path) -> None:
     """One rank's share of two trainings."""
-    torch.set_num_threads(1)
     corpus = Corpus(where)
     for kind, chosen in divided(corpus).items():
         trainer_of(chosen.model_copy(update={"devices": 2}), folder / kind).run()
@@ -872,18 +869,10 @@ def divided(corpus: Corpus) -> dict[str, RunConfig]:
     }
 
 
-@contextmanager
-def threads(count: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", count)
-        yield
-
-
 @pytest.mark.slow
 def test_two_ranks_train_as_one(corpus: Corpus, tmp_path: Path):
     reports: list[Any] = []
-    with threads("1"):
-        launch(both_ranks, 2, (corpus.folder, tmp_path / "two"), reports.append)
+    launch(both_ranks, 2, (corpus.folder, tmp_path / "two"), reports.append)
     assert reports == ["done", "done"]
     for kind, chosen in divided(corpus).items():
         run(chosen, tmp_path / "one" / kind)
