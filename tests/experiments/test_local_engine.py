@@ -227,14 +227,16 @@ class Hunted(LocalEngine):
         self.due: dict[str, float] = {}
 
     def start(self, job: Job) -> None:
+        before = {worker.process for worker in self.workers}
         super().start(job)
+        new = any(worker.process not in before for worker in self.workers)
         metrics, log, result = Path(job.folder) / "metrics.jsonl", Path(job.log), Path(job.folder) / "result.json"
         lines, size = _lines(metrics), _size(log)
         moments: dict[str, tuple[Callable[[], bool], float]] = {
             "at once": (lambda: True, 0.5), "loading": (lambda: _size(log) > size, 0.1),
             "training": (lambda: _lines(metrics) > lines, 0.05), "measuring": (result.exists, 0.1),
         }  # fmt: skip
-        choices = ["at once", "loading"]  # from here no run gets to its end: a worker killed before has to start first
+        choices = ["at once"] + ["loading"] * new  # a worker that has loaded the data does not do so again
         if not result.exists():
             choices += ["at once"] + ["training"] * (lines < EPOCHS - 1)
             if self.deaths[job.key] >= self.most - 2:  # one missed ends the run
